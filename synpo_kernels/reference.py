@@ -1,0 +1,53 @@
+"""Oracles: every op in its shortest correct form, in any float dtype, with full logits and autograd. For tests and checks, not for speed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import objectives
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """hidden (..., H), weight (V, H), targets (...) -> log-probs in the inputs' dtype, 0 at ignored positions."""
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    valid = targets != ignore_index
+    picked = logits.log_softmax(-1).gather(-1, targets.where(valid, torch.zeros_like(targets))[..., None])[..., 0]
+    return picked.where(valid, torch.zeros_like(picked))
+
+
+def preference_loss(
+    objective: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ref_logps: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    **hyperparameters: Any,
+) -> Tensor:
+    """The scalar loss of FusedPreferenceLoss, padded or packed."""
+    logps = linear_logps(
+        hidden, weight, labels, bias=bias, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap
+    ).reshape(-1)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(labels.shape[0] + 1, device=labels.device) * labels.shape[1]
+    valid = labels.reshape(-1) != ignore_index
+    running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
+    function = objectives.REGISTRY[objective].function
+    return function(logps[valid], running[cu_seqlens.long()], ref_logps=ref_logps, **hyperparameters).mean()
