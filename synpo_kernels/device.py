@@ -2,9 +2,9 @@
 
 import torch
 
-# Default bound on working memory in MB (2^20 bytes), per device type: (frozen head, trainable head).
-# A GPU needs about 1024 rows x 152k columns x 2 bytes to fill its multiprocessors in the second GEMM, and about 4096 rows where every
-# chunk also reads and writes the float32 gradient of the head.
+# Default bound on working memory in MB (2^20 bytes), per device type: (frozen head, trainable head). A GPU needs
+# about 1024 rows x 152k columns x 2 bytes to fill its multiprocessors in the second GEMM, and about 4096 rows where
+# every chunk also reads and writes the float32 gradient of the head.
 _WORKSPACE_MB = {"cpu": (64, 64), "cuda": (640, 1300)}
 
 

@@ -4,10 +4,11 @@ Every function has one shape of call::
 
     objective(logps (N,), cu_seqlens (2B+1,), *, ref_logps=None, **hyperparameters) -> (B,) per-pair losses
 
-``logps`` holds the log-probs (nats) of the N valid answer tokens, the B chosen sequences first and their rejected answers after them in
-the same order; ``cu_seqlens`` holds the boundaries: sequence i is ``logps[cu_seqlens[i]:cu_seqlens[i + 1]]`` and is never empty.
-``ref_logps`` are the reference model's, either (N,) per token or (2B,) sums per sequence, or None for zeros where an objective has no
-use for a reference; an objective that needs one raises ValueError without it.
+``logps`` holds the log-probs (nats) of the N valid answer tokens, the B chosen sequences first and their rejected
+answers after them in the same order; ``cu_seqlens`` holds the boundaries: sequence i is
+``logps[cu_seqlens[i]:cu_seqlens[i + 1]]`` and is never empty. ``ref_logps`` are the reference model's, either (N,)
+per token or (2B,) sums per sequence, or None for zeros where an objective has no use for a reference; an objective
+that needs one raises ValueError without it.
 
 Letters: l = sum of a sequence's log-probs, m = their mean, h = (l+ - ref+) - (l- - ref-).
 """
@@ -20,7 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["REGISTRY", "Objective", "cpo", "dpo", "dpop", "ipo", "kto", "orpo", "resolve", "segment_sums", "simpo", "synpo"]
+__all__ = [
+    "REGISTRY",
+    "Objective",
+    "cpo",
+    "dpo",
+    "dpop",
+    "ipo",
+    "kto",
+    "orpo",
+    "resolve",
+    "segment_sums",
+    "simpo",
+    "synpo",
+]
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -37,10 +51,14 @@ def _halves(per_sequence: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def _log_ratios(logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _log_ratios(
+    logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """l - ref for chosen and rejected, and ref of the chosen: (B,) each."""
     if ref_logps is None:
-        raise ValueError(f"{name} needs ref_logps: the reference model's log-probs, (N,) per token or (2B,) sums per sequence")
+        raise ValueError(
+            f"{name} needs ref_logps: the reference model's log-probs, (N,) per token or (2B,) sums per sequence"
+        )
     if ref_logps.shape == logps.shape:
         ref = segment_sums(ref_logps.to(logps.dtype), cu_seqlens)
     elif ref_logps.shape == (cu_seqlens.numel() - 1,):
@@ -89,7 +107,7 @@ def dpop(
 
 
 def ipo(logps: Tensor, cu_seqlens: Tensor, *, ref_logps: Tensor | None = None, beta: float = 0.1) -> Tensor:
-    """(h - 1/(2 beta))^2 with length-averaged log-probs in h: arXiv 2310.12036, equation 17, as the common trainers do."""
+    """(h - 1/(2 beta))^2, h on length-averaged log-probs as the common trainers do: arXiv 2310.12036, equation 17."""
     chosen, rejected, _ = _log_ratios(logps, cu_seqlens, ref_logps, "ipo")
     chosen_tokens, rejected_tokens = _halves(cu_seqlens.diff().to(logps.dtype))
     return (chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * beta)) ** 2
@@ -106,7 +124,8 @@ def simpo(
 def kto(logps: Tensor, cu_seqlens: Tensor, *, ref_logps: Tensor | None = None, beta: float = 0.1) -> Tensor:
     """(2 - sigmoid(beta (h+ - z-)) - sigmoid(beta (z+ - h-))) / 2, h+- = l+- - ref+-: arXiv 2402.01306, paired.
 
-    z+- = max(0, batch mean of h+-) without gradient: the batch's estimate of the KL term, so the pairs of one call are coupled.
+    z+- = max(0, batch mean of h+-) without gradient: the batch's estimate of the KL term, so the pairs of one call
+    are coupled.
     """
     chosen, rejected, _ = _log_ratios(logps, cu_seqlens, ref_logps, "kto")
     chosen_kl, rejected_kl = chosen.detach().mean().clamp(min=0), rejected.detach().mean().clamp(min=0)
@@ -125,7 +144,9 @@ def orpo(logps: Tensor, cu_seqlens: Tensor, *, ref_logps: Tensor | None = None, 
     beta is the paper's lambda. m is held at -1e-7 or below, where the odds are still finite.
     """
     chosen, rejected = _halves(_means(logps, cu_seqlens))
-    chosen_odds, rejected_odds = (m - (-torch.expm1(m)).log() for m in (chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7)))
+    chosen_odds, rejected_odds = (
+        m - (-torch.expm1(m)).log() for m in (chosen.clamp(max=-1e-7), rejected.clamp(max=-1e-7))
+    )
     return -chosen - beta * logsigmoid(chosen_odds - rejected_odds)
 
 
@@ -138,7 +159,9 @@ class Objective(NamedTuple):
     coupled: bool = False  # a pair's loss depends on the other pairs of the call
     reward: str = "beta_sum"  # which quantity of a sequence the metrics call its reward
 
-    def rewards(self, sums: Tensor, means: Tensor, ref_sums: Tensor | None, hyperparameters: dict[str, float | str]) -> Tensor:
+    def rewards(
+        self, sums: Tensor, means: Tensor, ref_sums: Tensor | None, hyperparameters: dict[str, float | str]
+    ) -> Tensor:
         """Rewards of the sequences from their summed and mean log-probs, all (2B,)."""
         if self.reward == "probability":
             return means.exp()
@@ -179,7 +202,8 @@ def resolve(name: str, hyperparameters: dict[str, float | str]) -> dict[str, flo
             continue
         if isinstance(value, str) or not math.isfinite(value):
             raise ValueError(f"{key} is {value!r}; a finite number is needed")
-        # SynPO's and ORPO's beta weighs an extra term, so 0 switches that term off; elsewhere beta is an inverse temperature.
+        # SynPO's and ORPO's beta weighs an extra term, so 0 switches that term off; elsewhere beta is an inverse
+        # temperature.
         lowest_is_zero = key not in _POSITIVE or (key == "beta" and name in ("synpo", "orpo"))
         if value < 0 or (value == 0 and not lowest_is_zero):
             raise ValueError(f"{key} is {value}; {name} needs {key} {'>= 0' if lowest_is_zero else '> 0'}")

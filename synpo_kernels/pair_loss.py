@@ -1,17 +1,21 @@
 """Preference losses on whole pairs, from hidden states and lm_head: FusedSynPOLoss and FusedPreferenceLoss.
 
-The loss depends on the model only through per-token log-probs l_t, so its gradients are those of l_t weighted by c_t = dL / dl_t. One op
-scores the tokens, evaluates the objective on their log-probs, and forms the gradients in the same forward pass:
+The loss depends on the model only through per-token log-probs l_t, so its gradients are those of l_t weighted by c_t
+= dL / dl_t. One op scores the tokens, evaluates the objective on their log-probs, and forms the gradients in the same
+forward pass:
 
-    frozen head      g_t = dl_t / d hidden_t comes out of the scoring pass; grad hidden_t = c_t g_t                    two matrix products
-    trainable head   c_t is known once both answers of a pair are scored: whole pairs are scored into a workspace of
-                     exp(z - z_y), from which both gradients are made                                                 three
-                     pairs that do not fit, and objectives that couple the pairs of a call, are scored again          four
+    frozen head      g_t = dl_t / d hidden_t comes out of the scoring pass; grad hidden_t = c_t g_t
+    two matrix products trainable head   c_t is known once both answers of a pair are scored: whole pairs are scored
+    into a workspace of
+                     exp(z - z_y), from which both gradients are made
+                     three pairs that do not fit, and objectives that couple the pairs of a call, are scored again
+                     four
 
-The backward pass multiplies by the incoming scalar. With a head that is frozen the working memory is bounded by workspace_mb and 4 n H bytes
-for n valid tokens; a trainable one adds the float32 gradient of the head, 4 V H bytes.
+The backward pass multiplies by the incoming scalar. With a head that is frozen the working memory is bounded by
+workspace_mb and 4 n H bytes for n valid tokens; a trainable one adds the float32 gradient of the head, 4 V H bytes.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,26 +25,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import objectives, vocab_passes
+from . import objectives
 from .device import workspace_bytes
-from .linear_logps import (
-    Door,
+from .door import OPTIONS_SCHEMA, Door, Options, autocast, check_inputs, compact, open_options, scatter
+from .linear_logps import linear_logps
+from .scoring import (
+    Gradients,
     Head,
-    Scores,
-    add_target_gradients,
-    autocast,
-    check_inputs,
-    compact,
-    finish,
-    gradients_needed,
-    group_name,
-    linear_logps,
     open_head,
-    scatter,
+    recomputed_gradients,
     score,
-    score_gradients,
-    target_logits,
-    unit_gradient,
+    stored_gradients,
+    tile_dtype,
     vocabulary_size,
 )
 from .vocab_passes import accumulator
@@ -52,17 +48,11 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor  # scalar: mean over the pairs
     chosen_logps: Tensor  # (B,) mean log-prob per token, nats
     rejected_logps: Tensor  # (B,)
-    chosen_rewards: Tensor  # (B,) exp(mean) for synpo; beta (l - ref), beta mean l or beta l elsewhere: objectives.Objective.reward
+    chosen_rewards: (
+        Tensor  # (B,) exp(mean) for synpo; beta (l - ref), beta mean l or beta l elsewhere: objectives.Objective.reward
+    )
     rejected_rewards: Tensor  # (B,)
     language: Tensor  # (B,) mean token probability of the chosen
-
-
-class _Gradients(NamedTuple):
-    """What the op accumulates; None where it is not needed."""
-
-    hidden: Tensor | None  # (n, H) accumulator dtype
-    weight: Tensor | None  # (V, H)
-    bias: Tensor | None  # (V,)
 
 
 class _Loss(NamedTuple):
@@ -73,8 +63,8 @@ class _Loss(NamedTuple):
 
     def coefficients(self, logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
         """Per-pair losses, and c_t = d (sum of losses / pairs) / d logps_t."""
-        # Inside an op's kernel autograd is switched off one level below grad mode; the guard lifts that for these few small tensors,
-        # so that each objective is written once, without a hand-made derivative beside it.
+        # Inside an op's kernel autograd is switched off one level below grad mode; the guard lifts that for these few
+        # small tensors, so that each objective is written once, without a hand-made derivative beside it.
         autograd = torch._C.DispatchKey.AutogradFunctionality
         with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
             leaf = logps.detach().requires_grad_()
@@ -90,8 +80,8 @@ def _sequence_references(ref_logps: Tensor | None, door: Door, labels: Tensor, c
     values = ref_logps.reshape(-1).to(accumulator(door.hidden.dtype))
     if ref_logps.shape == (len(cu_seqlens) - 1,):
         return values
-    if ref_logps.shape == labels.shape and door.index is not None:
-        values = values[door.index]
+    if ref_logps.shape == labels.shape and door.kept is not None:
+        values = values[door.kept]
     if values.numel() != len(door.targets):
         raise ValueError(
             f"ref_logps has shape {tuple(ref_logps.shape)}; expected ({len(cu_seqlens) - 1},) sums per sequence, "
@@ -118,49 +108,15 @@ def _chunks(bounds: list[int], row_bytes: int, workspace: int) -> list[tuple[lis
     return chunks
 
 
-def _stored_gradients(hidden: Tensor, targets: Tensor, head: Head, coefficients: Callable[[Tensor], Tensor], out: _Gradients) -> Tensor:
-    """Score tokens into a tile of exp(z - z_y) and make both gradients from it: three products. Gives the log-probs."""
-    columns, owned = head.local(targets)
-    z_y = target_logits(hidden, columns, owned, head)
-    tile = hidden.new_empty((len(hidden), len(head.weight)), dtype=_tile_dtype(hidden))
-    shift, sums = vocab_passes.softmax_store(
-        hidden, head.weight, head.bias, columns, z_y, head.logit_scale, head.softcap, tile
-    )
-    scores = finish(columns, owned, z_y, shift, sums, head)
-    coef = coefficients(scores.logps)
-    product = vocab_passes.tile_grads(
-        tile, hidden, head.weight, coef * scores.local_scale / scores.norm, out.weight, out.bias, out.hidden is not None
-    )
-    add_target_gradients(hidden, scores, coef, head, out.weight, out.bias)
-    if out.hidden is not None:
-        out.hidden.copy_(unit_gradient(product, scores, head).mul_(coef[:, None]))
-    return scores.logps
-
-
-def _tile_dtype(hidden: Tensor) -> torch.dtype:
-    """bf16 keeps float32's exponents, so a bf16 tile holds exp(z - shift) at any shift; fp16 does not."""
-    return hidden.dtype if hidden.is_cuda and hidden.dtype == torch.bfloat16 else accumulator(hidden.dtype)
-
-
-def _scored_again(
-    hidden: Tensor, targets: Tensor, head: Head, coefficients: Callable[[Tensor], Tensor], out: _Gradients
-) -> Tensor:
-    """Score, then compute the probabilities again for the gradients: four products, any size. Gives the log-probs."""
-    scores, _ = score(hidden, targets, head, False)
-    coef = coefficients(scores.logps)
-    g = score_gradients(hidden, scores, coef, head, out.weight, out.bias, out.hidden is not None)
-    if out.hidden is not None:
-        out.hidden.copy_(g.mul_(coef[:, None]))
-    return scores.logps
-
-
-def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor | None, out: _Gradients) -> tuple[Tensor, Tensor]:
+def _trainable(
+    door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor | None, out: Gradients
+) -> tuple[Tensor, Tensor]:
     """Log-probs (n,) and per-pair losses of all pairs, chunk by chunk of whole pairs; gradients into ``out``."""
     bounds, device = door.bounds, door.hidden.device
     pairs = len(bounds) // 2
     logps = torch.empty(len(door.targets), dtype=accumulator(door.hidden.dtype), device=device)
     losses = logps.new_empty(pairs)
-    row_bytes = len(head.weight) * _tile_dtype(door.hidden).itemsize
+    row_bytes = len(head.weight) * tile_dtype(door.hidden).itemsize
     workspace = workspace_bytes(head.workspace_mb, device, True)
     chunks = [(list(range(pairs)), False)] if coupled else _chunks(bounds, row_bytes, workspace)
     for members, fits in chunks:
@@ -171,13 +127,15 @@ def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor 
         cu_seqlens = torch.tensor(local, device=device)
         ref = None if refs is None else torch.cat([refs[first:last], refs[pairs + first : pairs + last]])
 
-        def coefficients(chunk_logps: Tensor, cu: Tensor = cu_seqlens, ref: Tensor | None = ref, a: int = first, b: int = last) -> Tensor:
+        def coefficients(
+            chunk_logps: Tensor, cu: Tensor = cu_seqlens, ref: Tensor | None = ref, a: int = first, b: int = last
+        ) -> Tensor:
             losses[a:b], coef = loss.coefficients(chunk_logps, cu, ref)
             return coef
 
         hidden, targets = (torch.cat([x[a:b] for a, b in spans]) for x in (door.hidden, door.targets))
         part = out._replace(hidden=None if out.hidden is None else out.hidden.new_empty(hidden.shape))
-        run = _stored_gradients if fits else _scored_again
+        run = stored_gradients if fits else recomputed_gradients
         chunk_logps = run(hidden, targets, head, coefficients, part)
         start = 0
         for a, b in spans:
@@ -188,7 +146,9 @@ def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor 
     return logps, losses
 
 
-def _summaries(logps: Tensor, cu_seqlens: Tensor, refs: Tensor | None, objective: str, hyperparameters: dict[str, Any]) -> list[Tensor]:
+def _summaries(
+    logps: Tensor, cu_seqlens: Tensor, refs: Tensor | None, objective: str, hyperparameters: dict[str, Any]
+) -> list[Tensor]:
     """The five per-pair metrics of PreferenceOutput."""
     sums = objectives.segment_sums(logps, cu_seqlens)
     lengths = cu_seqlens.diff().to(logps.dtype)
@@ -204,14 +164,6 @@ def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-_LIBRARY = torch.library.Library("synpo", "FRAGMENT")
-_LIBRARY.define(
-    "pair_loss(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor cu_seqlens, Tensor? ref_logps, str objective,"
-    " str hyperparameters, int ignore_index, float logit_scale, float softcap, str? tp_group, int? workspace_mb, bool check, bool[] needs)"
-    " -> (Tensor loss, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
-
-
 def _pair_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -221,25 +173,20 @@ def _pair_loss(
     ref_logps: Tensor | None,
     objective: str,
     hyperparameters: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    tp_group: str | None,
-    workspace_mb: int | None,
-    check: bool,
-    needs: list[bool],
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    trainable = needs[1] or needs[2]
-    head = open_head(weight, bias, logit_scale, softcap, tp_group, workspace_mb, trainable)
-    door = compact(hidden, labels.reshape(-1), cu_seqlens, ignore_index, vocabulary_size(head), check)
-    _refuse_empty_answers(door.bounds, ignore_index)
+    options = Options(*rest)
+    needs, trainable = options.needs, options.trainable
+    head = open_head(weight, bias, options)
+    door = compact(hidden, labels.reshape(-1), cu_seqlens, options, vocabulary_size(head))
+    _refuse_empty_answers(door.bounds, options.ignore_index)
     cu = torch.tensor(door.bounds, device=hidden.device)
     refs = _sequence_references(ref_logps, door, labels, cu)
-    entry, options = objectives.REGISTRY[objective], json.loads(hyperparameters)
-    loss = _Loss(partial(entry.function, **options), len(door.bounds) // 2)
+    entry, settings = objectives.REGISTRY[objective], json.loads(hyperparameters)
+    loss = _Loss(partial(entry.function, **settings), len(door.bounds) // 2)
 
     acc = accumulator(hidden.dtype)
-    out = _Gradients(
+    out = Gradients(
         hidden.new_empty(door.hidden.shape, dtype=acc) if trainable and needs[0] else None,
         weight.new_zeros(weight.shape, dtype=acc) if needs[1] else None,
         weight.new_zeros(len(weight), dtype=acc) if needs[2] else None,
@@ -255,39 +202,28 @@ def _pair_loss(
 
     grad_hidden = hidden.new_empty((0, hidden.shape[1]), dtype=_gradient_dtype(hidden.dtype))
     if out.hidden is not None:
-        grad_hidden = scatter(out.hidden.to(grad_hidden.dtype), door.index, len(hidden))
+        grad_hidden = scatter(out.hidden.to(grad_hidden.dtype), door.kept, len(hidden))
     grad_weight, grad_bias = (
         weight.new_empty(0, dtype=_gradient_dtype(weight.dtype)) if g is None else g.to(_gradient_dtype(weight.dtype))
         for g in (out.weight, out.bias)
     )
-    return losses.mean(), *_summaries(logps, cu, refs, objective, options), grad_hidden, grad_weight, grad_bias
+    return losses.mean(), *_summaries(logps, cu, refs, objective, settings), grad_hidden, grad_weight, grad_bias
 
 
 def _refuse_empty_answers(bounds: list[int], ignore_index: int) -> None:
     pairs = len(bounds) // 2
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             side = "chosen" if i < pairs else "rejected"
-            raise ValueError(f"labels: the {side} answer of pair {i % pairs} (row {i}) has no valid token, all are ignore_index={ignore_index}")
+            raise ValueError(
+                f"labels: the {side} answer of pair {i % pairs} (row {i}) has no valid token: all are {ignore_index}"
+            )
 
 
 def _pair_loss_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    ref_logps: Tensor | None,
-    objective: str,
-    hyperparameters: str,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    tp_group: str | None,
-    workspace_mb: int | None,
-    check: bool,
-    needs: list[bool],
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
+    needs = rest[-1]
     acc, pairs = accumulator(hidden.dtype), (cu_seqlens.shape[0] - 1) // 2
     return (
         hidden.new_empty((), dtype=acc),
@@ -298,13 +234,13 @@ def _pair_loss_fake(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs, ctx.dtypes = inputs[-1], (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[6:])
 
 
-def _autograd(ctx, grad_loss: Tensor, *_: Tensor):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
         (g * grad_loss.to(g.dtype)).to(dtype) if need else None
         for g, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
@@ -312,6 +248,13 @@ def _autograd(ctx, grad_loss: Tensor, *_: Tensor):  # type: ignore[no-untyped-de
     return hidden, weight, None, bias, *(None,) * 11
 
 
+_LIBRARY = torch.library.Library("synpo", "FRAGMENT")
+_LIBRARY.define(
+    "pair_loss(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor cu_seqlens, Tensor? ref_logps,"
+    f" str objective, str hyperparameters, {OPTIONS_SCHEMA}) -> (Tensor loss, Tensor chosen_logps,"
+    " Tensor rejected_logps, Tensor chosen_rewards, Tensor rejected_rewards, Tensor language,"
+    " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
 _LIBRARY.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("synpo::pair_loss", _pair_loss_fake, lib=_LIBRARY)
 torch.library.register_autograd("synpo::pair_loss", _autograd, setup_context=_setup_context, lib=_LIBRARY)
@@ -320,10 +263,11 @@ torch.library.register_autograd("synpo::pair_loss", _autograd, setup_context=_se
 class FusedPreferenceLoss(nn.Module):
     """Any preference objective on pairs, straight from hidden states and lm_head, without full-vocabulary logits.
 
-    objective: a name or function of ``synpo_kernels.objectives``, or any callable of that shape (differentiable in torch, per-pair losses
-    that do not depend on other pairs; evaluated by autograd outside the op, so a trainable head costs four products rather than three).
-    ignore_index, logit_scale, softcap, tp_group, workspace_mb, check: as in ``linear_logps``. hyperparameters: the objective's own.
-    Errors: ValueError for an unknown objective or hyperparameter, or one out of range.
+    objective: a name or function of ``synpo_kernels.objectives``, or any callable of that shape (differentiable in
+    torch, per-pair losses that do not depend on other pairs; evaluated by autograd outside the op, so a trainable
+    head costs four products rather than three). ignore_index, logit_scale, softcap, tp_group, workspace_mb, check: as
+    in ``linear_logps``. hyperparameters: the objective's own. Errors: ValueError for an unknown objective or
+    hyperparameter, or one out of range.
     """
 
     def __init__(
@@ -344,6 +288,7 @@ class FusedPreferenceLoss(nn.Module):
         if isinstance(self.objective, str):
             hyperparameters = objectives.resolve(self.objective, hyperparameters)
         self.hyperparameters = hyperparameters
+        self._settings = json.dumps(hyperparameters) if isinstance(self.objective, str) else ""
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "logit_scale": logit_scale,
@@ -368,25 +313,24 @@ class FusedPreferenceLoss(nn.Module):
     ) -> PreferenceOutput:
         """Loss and metrics of B pairs.
 
-        Padded: hidden (2B, T, H), labels (2B, T) int64, rows 0..B-1 the chosen answers, rows B..2B-1 their rejected ones. Packed: hidden
-        (N, H), labels (N,), cu_seqlens (2B+1,) int32 boundaries of the sequences in the same order. weight (V, H), bias (V,). Labels are
-        already aligned: labels[t] is the token that hidden[t] predicts; ignore_index marks prompt and padding.
-        ref_logps: the reference model's log-probs of the answers, (2B,) sums per sequence, or per valid token, or in the labels' shape.
-        Errors: TypeError for dtypes; ValueError for shapes, devices, an odd number of sequences, an answer without a valid token (named) or a
-        missing reference; IndexError for a label outside [0, V) (position and value named).
+        Padded: hidden (2B, T, H), labels (2B, T) int64, rows 0..B-1 the chosen answers, rows B..2B-1 their rejected
+        ones. Packed: hidden (N, H), labels (N,), cu_seqlens (2B+1,) int32 boundaries of the sequences in the same
+        order. weight (V, H), bias (V,). Labels are already aligned: labels[t] is the token that hidden[t] predicts;
+        ignore_index marks prompt and padding. ref_logps: the reference model's log-probs of the answers, (2B,) sums
+        per sequence, or per valid token, or in the labels' shape. Errors: TypeError for dtypes; ValueError for
+        shapes, devices, an odd number of sequences, an answer without a valid token (named) or a missing reference;
+        IndexError for a label outside [0, V) (position and value named).
         """
-        hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
-        options = self.options
-        check_inputs(hidden, weight, labels, bias, options["softcap"])
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        check_inputs(hidden, weight, labels, bias, self.options["softcap"])
         cu_seqlens = _boundaries(labels, cu_seqlens)
         if not isinstance(self.objective, str):
             return self._by_callable(self.objective, hidden, weight, labels, bias, cu_seqlens, ref_logps)
         if objectives.REGISTRY[self.objective].reference and ref_logps is None:
-            raise ValueError(f"{self.objective} needs ref_logps: the reference model's log-probs, (2B,) sums per sequence or per token")
+            raise ValueError(f"{self.objective} needs ref_logps: the reference's log-probs, per sequence or per token")
         loss, *metrics, _, _, _ = torch.ops.synpo.pair_loss(
             hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias, cu_seqlens, ref_logps, self.objective,
-            json.dumps(self.hyperparameters), options["ignore_index"], options["logit_scale"], options["softcap"] or 0.0,
-            group_name(options["tp_group"]), options["workspace_mb"], options["check"], gradients_needed(hidden, weight, bias),
+            self._settings, *open_options(hidden, weight, bias, **self.options),
         )  # fmt: skip
         return PreferenceOutput(loss, *(m.detach() for m in metrics))
 
@@ -406,10 +350,14 @@ class FusedPreferenceLoss(nn.Module):
         running = nn.functional.pad(valid.cumsum(0), (1, 0))
         bounds = running[cu_seqlens.to(torch.int64)]
         _refuse_empty_answers(bounds.tolist(), ignore_index)
-        logps = linear_logps(hidden.reshape(-1, hidden.shape[-1])[valid], weight, flat[valid], bias=bias, **self.options)
+        logps = linear_logps(
+            hidden.reshape(-1, hidden.shape[-1])[valid], weight, flat[valid], bias=bias, **self.options
+        )
         losses = objective(logps, bounds, ref_logps=ref_logps, **self.hyperparameters)
         if losses.shape != (len(bounds) // 2,):
-            raise ValueError(f"the objective gave losses of shape {tuple(losses.shape)}; expected one per pair, ({len(bounds) // 2},)")
+            raise ValueError(
+                f"objective: its losses have shape {tuple(losses.shape)}; needed is one per pair, ({len(bounds) // 2},)"
+            )
         return PreferenceOutput(losses.mean(), *_summaries(logps.detach(), bounds, None, "synpo", {}))
 
 
@@ -417,29 +365,33 @@ def _boundaries(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(2B+1,) boundaries of the flattened sequences, padded or packed."""
     if cu_seqlens is None:
         if labels.ndim != 2:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; padded input is (2B, T), packed input needs cu_seqlens")
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; padded input is (2B, T), packed input needs cu_seqlens"
+            )
         rows, length = labels.shape
         cu_seqlens = torch.arange(0, (rows + 1) * length, max(length, 1), device=labels.device)[: rows + 1]
         if length == 0:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: the answers have no tokens")
     elif labels.ndim != 1 or cu_seqlens.ndim != 1:
         raise ValueError(
-            f"packed input is labels (N,) with cu_seqlens (2B+1,); got {tuple(labels.shape)} and {tuple(cu_seqlens.shape)}"
+            f"packed input is labels (N,), cu_seqlens (2B+1,); got {tuple(labels.shape)} and {tuple(cu_seqlens.shape)}"
         )
     elif cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens have dtype {cu_seqlens.dtype}; int32 is needed")
     sequences = cu_seqlens.shape[0] - 1
     if sequences < 2 or sequences % 2:
-        raise ValueError(f"got {sequences} sequences; an even number is needed: the B chosen answers, then their B rejected ones")
+        raise ValueError(
+            f"got {sequences} sequences; an even number is needed: the B chosen answers, then their B rejected ones"
+        )
     return cu_seqlens
 
 
 class FusedSynPOLoss(FusedPreferenceLoss):
     """SynPO (arXiv 2506.00835): mean over pairs of rank(alpha (r+ - r-)) - beta q+, without full-vocabulary logits.
 
-    r = exp(mean log-prob) of an answer, q = mean token probability of the chosen one; rank(u) = -sigmoid(u) for form "sigmoid" (what the
-    release trains with), -logsigmoid(u) for form "logsigmoid". The other arguments are those of ``linear_logps``.
-    Errors: ValueError for alpha <= 0, beta < 0 or an unknown form.
+    r = exp(mean log-prob) of an answer, q = mean token probability of the chosen one; rank(u) = -sigmoid(u) for form
+    "sigmoid" (what the release trains with), -logsigmoid(u) for form "logsigmoid". The other arguments are those of
+    ``linear_logps``. Errors: ValueError for alpha <= 0, beta < 0 or an unknown form.
     """
 
     def __init__(
@@ -456,17 +408,14 @@ class FusedSynPOLoss(FusedPreferenceLoss):
         check: bool = False,
     ) -> None:
         super().__init__(
-            "synpo", ignore_index, logit_scale=logit_scale, softcap=softcap, tp_group=tp_group, workspace_mb=workspace_mb,
-            check=check, alpha=alpha, beta=beta, form=form,
-        )  # fmt: skip
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> PreferenceOutput:
-        """Loss and metrics of B pairs: shapes and errors as in ``FusedPreferenceLoss.forward``; SynPO needs no reference."""
-        return super().forward(hidden, weight, labels, bias, cu_seqlens)
+            "synpo",
+            ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            tp_group=tp_group,
+            workspace_mb=workspace_mb,
+            check=check,
+            alpha=alpha,
+            beta=beta,
+            form=form,
+        )

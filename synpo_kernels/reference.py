@@ -1,4 +1,4 @@
-"""Oracles: every op in its shortest correct form, in any float dtype, with full logits and autograd. For tests and checks, not for speed."""
+"""Oracles: every op in its shortest correct form, any float dtype, full logits and autograd; for checks alone."""
 
 from typing import Any
 

@@ -1,15 +1,16 @@
 """Passes over the vocabulary: the inner ops, and the only place where hardware differs.
 
-Four ops, each defined once here with a plain PyTorch kernel that runs on every device and float dtype. csrc overrides them on the CPU,
-vocab_triton.py on CUDA; PyTorch's dispatcher chooses. Their callers hand them valid tokens only.
+Four ops, each defined once here with a plain PyTorch kernel that runs on every device and float dtype. csrc overrides
+them on the CPU, vocab_triton.py on CUDA; PyTorch's dispatcher chooses. Their callers hand them valid tokens only.
 
-Letters: hidden (n, H), weight (V, H) of one dtype, bias (V,) or None, targets (n,) int64. Arithmetic and results are in the accumulator
-dtype: float32, or float64 for float64 inputs.
+Letters: hidden (n, H), weight (V, H) of one dtype, bias (V,) or None, targets (n,) int64. Arithmetic and results are
+in the accumulator dtype: float32, or float64 for float64 inputs.
 
     raw = hidden @ weight.T + bias,  z = logit_scale * raw,  then z = softcap * tanh(z / softcap) when softcap > 0
     d = dz / draw = logit_scale * (1 - (z / softcap)^2)
 
-The column ``targets[t]`` is left out of row t; a target outside [0, V) leaves nothing out (vocab-parallel: it lives on another rank).
+The column ``targets[t]`` is left out of row t; a target outside [0, V) leaves nothing out (vocab-parallel: it lives
+on another rank).
 """
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from .device import workspace_bytes
 
-# A row's reference is raised when one of its logits passes it by more than this: exp(40) is far below float32's and bfloat16's
-# overflow, and the sums keep their full relative precision at any shift.
+# A row's reference is raised when one of its logits passes it by more than this: exp(40) is far below float32's and
+# bfloat16's overflow, and the sums keep their full relative precision at any shift.
 GUARD = 40.0
 
 _LIBRARY = torch.library.Library("synpo", "FRAGMENT")
@@ -47,7 +48,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the accumulator's precision in the result; tensor cores where the library offers bf16 inputs with a float32 output."""
+    """a @ b with a result of the accumulator's precision; on CUDA the library multiplies bf16 into float32."""
     if a.is_cuda and b.dtype == torch.bfloat16:
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     acc = accumulator(b.dtype)
@@ -63,7 +64,13 @@ def _columns(rows: int, weight: Tensor, workspace: int) -> list[slice]:
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, part: slice, logit_scale: float, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    part: slice,
+    logit_scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor | float]:
     """z of one vocabulary chunk with -inf at the target's column, and d."""
     z = _matmul(hidden, weight[part].T)
@@ -79,7 +86,7 @@ def _logits(
 
 
 def _raised(shift: Tensor, z: Tensor) -> Tensor:
-    """The reference for the rows of a chunk: raised to the chunk's maximum where a logit passes it by more than GUARD."""
+    """The rows' reference: raised to the chunk's maximum where a logit passes it by more than GUARD."""
     top = z.amax(dim=1)
     return torch.where(top - shift > GUARD, top, shift)
 
