@@ -1,29 +1,37 @@
-# Two commands a newcomer needs: `make demo` and `make test`. Both set up .venv first.
+# Two commands a newcomer needs: `make demo` and `make test`. Each sets up .venv first; nothing else to install.
 PYTHON ?= python3
+# A CPU build is enough; on a GPU machine give the build that fits it: make test TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+NATIVE := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 
-.PHONY: demo test bench lint gpu clean
-demo: $(VENV)/.ready
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
 	$(BIN)/synpo demo
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.ready
-	$(BIN)/python -m bench
-
-lint: $(VENV)/.ready
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch comes first: the build of csrc needs its headers, hence --no-build-isolation.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench
+
+# torch comes first, and the build is not isolated from it: csrc compiles against the headers of the torch that will load it.
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH) "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) $(TORCH) "setuptools>=77" wheel
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e ".[dev]"
 	touch $@
 
 clean:
