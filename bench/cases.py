@@ -1,0 +1,47 @@
+"""Named shapes: the output layers of real models, and the shapes the CPU kernel's goals are set on. N tokens, H
+hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    H: int
+    V: int
+    cpu_n: tuple[int, ...]  # token counts of a default CPU run
+    gpu_n: tuple[int, ...]  # of a default GPU run
+    softcap: float | None = None
+    pair_tokens: int = 1024  # tokens of the two answers of a pair, at most
+
+    def pairs(self, n: int) -> int:
+        """B for n tokens: 2B answers of equal length, which is what suits losses that want padded input best."""
+        b = max(1, n // self.pair_tokens)
+        if n % (2 * b):
+            raise ValueError(
+                f"--n {n}: {self.name} splits it into {2 * b} answers of equal length; give a multiple of {2 * b}"
+            )
+        return b
+
+
+_GPU = (2048, 8192, 32768)
+CASES = {
+    case.name: case
+    for case in (
+        Case("512x1024x49152", 1024, 49152, (512,), (512,)),
+        Case("512x2048x128256", 2048, 128256, (512,), (512,)),
+        Case("2048x576x49152", 576, 49152, (2048,), (2048,)),
+        Case("smollm2-135m", 576, 49152, (64, 1024), _GPU),
+        Case("llama3-8b", 4096, 128256, (1024,), _GPU),
+        Case("qwen2.5-7b", 3584, 152064, (1024,), _GPU),
+        Case("mistral-7b", 4096, 32768, (1024,), _GPU),
+        Case("mistral-7b-v0.1", 4096, 32000, (1024,), _GPU),
+        Case("gemma2-2b", 2304, 256000, (1024,), _GPU, softcap=30.0),
+    )
+}
+# What runs when no --case is given: minutes on two cores, and every model's head on a GPU.
+DEFAULT = {
+    "cpu": ("512x1024x49152", "512x2048x128256", "2048x576x49152"),
+    "cuda": ("smollm2-135m", "llama3-8b", "qwen2.5-7b", "mistral-7b", "gemma2-2b"),
+}

@@ -1,0 +1,136 @@
+"""Inputs of a case, and what a right implementation gives on them: float64, by synpo_kernels.reference.
+
+The log-probs of all N tokens are exact. Gradients are checked on a subset, rows of hidden and rows of the head, so
+that the oracle costs one float64 product and never holds (N, V).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from synpo_kernels import objectives, reference
+
+from .cases import Case
+
+OPS = {"synpo_loss": "synpo", "simpo_loss": "simpo", "linear_logps": None}  # op -> its objective; linear_logps has none
+SUBSET = 32  # rows of hidden, and rows of the head beside the targets of those
+_CHUNK_BYTES = 256 << 20  # of float64 logits at once
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    labels: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (2B+1,) int32
+    grad: Tensor  # (N,) float32, the incoming gradient of linear_logps
+    softcap: float | None
+
+
+class Expected(NamedTuple):
+    """float64, but for the two index tensors."""
+
+    logps: Tensor  # (N,)
+    largest_logit: Tensor  # () max |z_y|, the size that rounding of logits is relative to
+    rows: Tensor  # (R,) int64 rows of hidden
+    grad_hidden: Tensor  # (R, H)
+    columns: Tensor  # (C,) int64 rows of the head
+    grad_weight: Tensor  # (C, H)
+
+
+def make_inputs(case: Case, n: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Logits of unit spread, plus a push of 4 to 16 towards the target: target log-probs from about -8 to -0.01, as
+    in a trained model.
+    """
+    generator = torch.Generator(device).manual_seed(n * 1_000_003 + case.V)
+    weight = torch.empty(case.V, case.H, dtype=dtype, device=device)
+    for block in weight.split(16384):
+        block.copy_(torch.randn(block.shape, generator=generator, device=device) / case.H**0.5)
+    labels = torch.randint(case.V, (n,), generator=generator, device=device)
+    push = torch.empty(n, 1, device=device).uniform_(4, 16, generator=generator)
+    hidden = torch.randn(n, case.H, generator=generator, device=device) + push * weight[labels].float()
+    grad = torch.randn(n, generator=generator, device=device) / n
+    sequences = 2 * case.pairs(n) if n % 2 == 0 else 1
+    cu_seqlens = torch.arange(sequences + 1, device=device, dtype=torch.int32) * (n // sequences)
+    return Inputs(hidden.to(dtype), weight, labels, cu_seqlens, grad, case.softcap)
+
+
+def expect(op: str, inputs: Inputs) -> Expected:
+    hidden, weight, labels, cu_seqlens, grad, softcap = inputs
+    n, columns = len(labels), len(weight)
+    head = weight.double()
+    logps = torch.cat([
+        reference.linear_logps(h.double(), head, y, softcap=softcap)
+        for h, y in zip(*(x.split(max(1, _CHUNK_BYTES // (8 * columns))) for x in (hidden, labels)), strict=True)
+    ])  # fmt: skip
+    coefficients = _coefficients(op, logps, cu_seqlens, grad)
+
+    rows = torch.linspace(0, n - 1, min(n, SUBSET), device=labels.device).long().unique()
+    leaf = hidden[rows].double().requires_grad_()
+    reference.linear_logps(leaf, head, labels[rows], softcap=softcap).backward(coefficients[rows])
+
+    chosen = torch.cat([labels[rows], torch.linspace(0, columns - 1, SUBSET, device=labels.device).long()]).unique()
+    part = head[chosen].requires_grad_()
+    del head
+    z_y = _cap((hidden.double() * weight[labels].double()).sum(1), softcap)
+    z = _cap(hidden.double() @ part.T, softcap)
+    probabilities = (z.detach() - (z_y - logps)[:, None]).exp()
+    hits = (labels[:, None] == chosen).double()
+    # d l_t / d z_tv = [v = y_t] - p_tv: a sum whose gradient in the chosen rows of the head is the loss's.
+    (coefficients[:, None] * (hits - probabilities) * z).sum().backward()
+    assert leaf.grad is not None
+    assert part.grad is not None
+    return Expected(logps, z_y.abs().max(), rows, leaf.grad, chosen, part.grad)
+
+
+def _cap(raw: Tensor, softcap: float | None) -> Tensor:
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+
+def _coefficients(op: str, logps: Tensor, cu_seqlens: Tensor, grad: Tensor) -> Tensor:
+    """c_t = d loss / d l_t."""
+    objective = OPS[op]
+    if objective is None:
+        return grad.double()
+    leaf = logps.detach().requires_grad_()
+    objectives.REGISTRY[objective].function(leaf, cu_seqlens).mean().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+class Errors(NamedTuple):
+    max_logp_error: float  # nats; per token for linear_logps, of the answers' mean log-probs for the pair losses
+    grad_rel_error: float | None  # relative Frobenius norm, the larger of hidden's and the head's; None for a forward
+
+
+def compare(op: str, expected: Expected, cu_seqlens: Tensor, logps: Tensor, gradients: tuple[Tensor, ...]) -> Errors:
+    want = expected.logps
+    if OPS[op] is not None:
+        want = objectives.segment_sums(want, cu_seqlens) / cu_seqlens.diff().double()
+    error = (logps.double() - want).abs().max().item()
+    if not gradients:
+        return Errors(error, None)
+    pairs = zip(
+        gradients, (expected.rows, expected.columns), (expected.grad_hidden, expected.grad_weight), strict=False
+    )
+    return Errors(error, max(((got[at].double() - right).norm() / right.norm()).item() for got, at, right in pairs))
+
+
+def tolerance(dtype: torch.dtype, expected: Expected) -> Errors:
+    """What an honest implementation in this dtype stays under.
+
+    Log-probs: logits rounded to the dtype err by eps/2 of the largest of them, twice (target and denominator), and as
+    much again for slack. Gradients: 16 eps, for probabilities kept in the dtype. To both 1e-4 for float32
+    accumulation over H and V. An error that has a cause other than rounding (a skipped tile, a wrong coefficient) is
+    larger by orders of magnitude.
+    """
+    eps = torch.finfo(dtype).eps
+    return Errors(2 * eps * max(1.0, expected.largest_logit.item()) + 1e-4, 16 * eps + 1e-4)
+
+
+def mismatch(errors: Errors, allowed: Errors) -> str | None:
+    """Why the errors are refused, or None. Not-a-number is refused."""
+    for name, error, limit in zip(Errors._fields, errors, allowed, strict=True):
+        if error is not None and not error <= limit:
+            return f"{name} {error:.3g} is above {limit:.3g}"
+    return None
