@@ -2,7 +2,8 @@
 
 from .check import PairsReport, check_pairs
 from .filters import FilterReport, apply_filters, split_pairs
-from .importers import FORMATS, VIDEO_PROMPT, as_pairs, load_pairs
+from .formats import FORMATS, VIDEO_PROMPT
+from .importers import as_pairs, load_pairs
 from .schema import PAIR_FEATURES, PairError, normalise_pair
 
 __all__ = [

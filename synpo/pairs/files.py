@@ -58,6 +58,7 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | PairError]]
 
 def dataset_records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The rows of a dataset, images left as their path or bytes."""
+    dataset = dataset.with_format(None)
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
@@ -89,8 +90,8 @@ def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | PairError]]:
             except json.JSONDecodeError as error:
                 hint = "" if file.suffix == ".jsonl" else "; a .json file holds one array [...] or one object per line"
                 yield where, PairError(where, None, f"malformed JSON at character {error.pos + 1}: {error.msg}{hint}")
-            except RecursionError:
-                yield where, PairError(where, None, "the JSON is nested too deeply")
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+                yield where, PairError(where, None, f"malformed JSON: {error}")
 
 
 def _json_array(file: Path) -> Iterator[tuple[str, dict[str, Any] | PairError]]:
@@ -100,9 +101,9 @@ def _json_array(file: Path) -> Iterator[tuple[str, dict[str, Any] | PairError]]:
         yield str(file), PairError(str(file), None, f"not UTF-8 at byte {error.start}: {error.reason}")
     except json.JSONDecodeError as error:
         where = f"{file}:{error.lineno}"
-        yield where, PairError(where, None, f"malformed JSON at column {error.colno}: {error.msg}")
-    except RecursionError:
-        yield str(file), PairError(str(file), None, "the JSON is nested too deeply")
+        yield where, PairError(where, None, f"malformed JSON at character {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; endless nesting
+        yield str(file), PairError(str(file), None, f"malformed JSON: {error}")
     else:
         for number, record in enumerate(records, start=1):
             where = f"{file} record {number}"
@@ -119,7 +120,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any] | PairError]]:
                 for record in dataset_records(Dataset(pa.Table.from_batches([batch]).cast(features.arrow_schema))):
                     number += 1
                     yield f"{file} row {number}", record
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         where = f"{file} row {number + 1}" if number else str(file)
         yield where, PairError(where, None, f"not readable as parquet: {error}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class PairFilters:
     ) -> None:
         if max_length is not None and max_length <= 0:
             raise ValueError(f"max_length must be positive or None, got {max_length}")
+        if min_score_gap is not None and not math.isfinite(min_score_gap):
+            raise ValueError(f"min_score_gap must be a finite number or None, got {min_score_gap}")
         self._min_score_gap, self._max_length, self._length = min_score_gap, max_length, length
         self._seen: set[bytes] = set()
         names = ["empty", "same answers"]
@@ -113,17 +116,16 @@ def apply_filters(
         the kept pairs in their order (possibly none), and the report.
 
     Raises:
-        ValueError: min_score_gap is given and no pair has scores; max_length is not positive.
+        ValueError: min_score_gap is given and no pair has scores, or is not finite; max_length is not positive.
     """
     filters = PairFilters(min_score_gap, max_length, length)
-    kept = [index for index, pair in enumerate(dataset) if filters.keeps(pair)]
-    report = filters.report
-    if min_score_gap is not None and report.total and not _any_scores(dataset):
+    if min_score_gap is not None and len(dataset) and not _any_scores(dataset):
         raise ValueError(
             f"min_score_gap={min_score_gap} needs scores, but no pair has both score_chosen and score_rejected; "
             "score the pairs or leave min_score_gap out"
         )
-    return dataset.select(kept), report
+    kept = [index for index, pair in enumerate(dataset) if filters.keeps(pair)]
+    return dataset.select(kept), filters.report
 
 
 def split_pairs(dataset: Dataset, eval_fraction: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -154,7 +156,7 @@ def split_pairs(dataset: Dataset, eval_fraction: float = 0.2, seed: int = 0) -> 
         if len(held_out) + len(groups[key]) <= target:
             held_out.update(groups[key])
     if not held_out:
-        held_out.update(min((groups[key] for key in order), key=len))
+        held_out.update(groups[min(order, key=lambda key: len(groups[key]))])
     rows = range(len(dataset))
     return dataset.select([i for i in rows if i not in held_out]), dataset.select([i for i in rows if i in held_out])
 

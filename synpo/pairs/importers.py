@@ -1,27 +1,23 @@
-"""Preference files of the formats in use, read into normalised pairs. docs/data.md shows each format."""
+"""Preference files, and datasets in memory, read into normalised pairs."""
 
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
 from .files import dataset_records, pair_files, read_records
-from .schema import MEDIA_COLUMNS, PAIR_FEATURES, PairError, normalise_pair, prompt_type
-
-VIDEO_PROMPT = "Describe this video in detail: the setting, the people and objects in it, and what happens, in order."
+from .formats import FORMATS, KNOWN_COLUMNS, PairFormat, Record, detect, with_system
+from .schema import PAIR_FEATURES, PairError, normalise_pair, prompt_type
 
 _CHUNK = 1000  # pairs held as Python objects before they become Arrow
 _logger = logging.getLogger(__name__)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-Record = dict[str, Any]
 
 
 def load_pairs(
@@ -37,7 +33,7 @@ def load_pairs(
         path: a .jsonl, .json or .parquet file, a folder of them, or several of either.
         format: "auto" (found by the keys of each file's first record) or one of `synpo.pairs.FORMATS`.
         prompt: the instruction for the pairs of format "synpo-release"; default: the record's `question` where it has
-            one, else `VIDEO_PROMPT`.
+            one, else `synpo.pairs.VIDEO_PROMPT`.
         media_dir: folder that relative image and video paths start from; for "synpo-release" also the folder searched
             for `video_name`. None keeps the paths as written.
 
@@ -53,6 +49,8 @@ def load_pairs(
 
 def as_pairs(dataset: Dataset, name: str = "dataset") -> Dataset:
     """A dataset already in memory, in any known format, as normalised pairs; `name` stands for the file in errors."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name}: expected a datasets.Dataset (one split, not streamed), got {type(dataset).__name__}")
     if dataset.features == PAIR_FEATURES:
         return dataset
     rows = ((f"{name} row {number}", row) for number, row in enumerate(dataset_records(dataset), start=1))
@@ -95,27 +93,36 @@ def _convert(
             yield where, record
             continue
         try:
-            chosen_format = chosen_format or _detect(record, where)
+            chosen_format = chosen_format or detect(record, where)
             chosen_format.check(record, where)
             columns = chosen_format.convert(record, where, prompt)
-            first = first or (where, prompt_type(columns))
-            if prompt_type(columns) != first[1]:
+            if first is not None and prompt_type(columns) != first[1]:
                 raise PairError(
                     where,
                     "prompt",
                     f"mixed prompt types: {prompt_type(columns)} here, {first[1]} at {first[0]}; use one in a file",
                 )
-            pair = normalise_pair(_with_system(columns, record.get("system"), where), where)
+            pair = _normalise(with_system(columns, record.get("system"), where), where, chosen_format)
             if media is not None:
                 media.locate(pair, where, by_name=chosen_format.name == "synpo-release")
         except PairError as error:
             yield where, error
         else:
-            ignored.update(key for key in record if key not in _KNOWN_COLUMNS and record[key] is not None)
+            first = first or (where, prompt_type(columns))
+            ignored.update(key for key in record if key not in KNOWN_COLUMNS and record[key] is not None)
             yield where, pair
     if ignored:
         columns_ignored = ", ".join(f"{key!r} ({count})" for key, count in sorted(ignored.items()))
         _logger.warning("%s: columns that training does not use, with their counts: %s", name, columns_ignored)
+
+
+def _normalise(columns: Record, where: str, format: PairFormat) -> Record:
+    try:
+        return normalise_pair(columns, where)
+    except PairError as error:
+        if error.column not in format.file_columns:
+            raise
+        raise PairError(where, format.file_columns[error.column], error.problem) from None
 
 
 def _raise_if_error(pair: Record | PairError) -> Record:
@@ -132,158 +139,6 @@ def _dataset(pairs: Iterator[Record], name: str) -> Dataset:
     if not chunks:
         raise ValueError(f"{name}: no pairs in it")
     return concatenate_datasets(chunks)
-
-
-def _columns(record: Record, where: str, prompt: str | None) -> Record:
-    return dict(record)
-
-
-def _implicit(record: Record, where: str, prompt: str | None) -> Record:
-    """Two whole conversations that share everything before their last messages."""
-    for column in ("chosen", "rejected"):
-        if not isinstance(record[column], list) or len(record[column]) < 2:
-            raise PairError(
-                where,
-                column,
-                "without a column 'prompt', the answers must be conversations that begin with the prompt's messages",
-            )
-    return {**record, **_shared_prompt(record["chosen"], record["rejected"], "rejected", where)}
-
-
-def _sharegpt(record: Record, where: str, prompt: str | None) -> Record:
-    converted: Record = {**record}
-    for source, target in (("conversations", "prompt"), ("chosen", "chosen"), ("rejected", "rejected")):
-        turns = record[source] if source == "conversations" else [record[source]]
-        if not isinstance(turns, list):
-            raise PairError(where, source, f"expected a list of turns, got a {type(turns).__name__}")
-        converted[target] = [_turn(turn, index, source, where) for index, turn in enumerate(turns)]
-    return converted
-
-
-def _turn(turn: Any, index: int, column: str, where: str) -> Record:
-    if not isinstance(turn, Mapping) or turn.get("from") is None or turn.get("value") is None:
-        raise PairError(where, column, f"turn {index}: expected a dict with 'from' and 'value', got {_brief(turn)}")
-    if turn["from"] not in _SHAREGPT_ROLES:
-        known = ", ".join(_SHAREGPT_ROLES)
-        raise PairError(where, column, f"turn {index}: 'from' is {turn['from']!r}, which is none of {known}")
-    return {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-
-
-def _ms_swift(record: Record, where: str, prompt: str | None) -> Record:
-    messages = record["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise PairError(where, "messages", "expected messages that end with the chosen answer")
-    for kind in MEDIA_COLUMNS.values():
-        if record.get(f"rejected_{kind}") not in (None, [], record.get(kind)):
-            raise PairError(where, f"rejected_{kind}", f"differs from '{kind}'; both answers must share one prompt")
-    if (rejected := record.get("rejected_messages")) is not None:
-        if not isinstance(rejected, list) or len(rejected) < 2:
-            raise PairError(where, "rejected_messages", "expected messages that end with the rejected answer")
-        return {**record, **_shared_prompt(messages, rejected, "rejected_messages", where)}
-    answer = record["rejected_response"]
-    if not isinstance(answer, str):
-        raise PairError(where, "rejected_response", f"expected one answer as text, got {_brief(answer)}")
-    rejected_message = [{"role": "assistant", "content": answer}]
-    return {**record, "prompt": messages[:-1], "chosen": messages[-1:], "rejected": rejected_message}
-
-
-def _synpo_release(record: Record, where: str, prompt: str | None) -> Record:
-    question = prompt if prompt is not None else record.get("question") or VIDEO_PROMPT
-    for column, value in (("video_name", record["video_name"]), ("question", question)):
-        if not isinstance(value, str):
-            raise PairError(where, column, f"expected text, got {_brief(value)}")
-    return {
-        "prompt": [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
-        "chosen": [{"role": "assistant", "content": record["pos_pre"]}],
-        "rejected": [{"role": "assistant", "content": record["neg_pre"]}],
-        "videos": [record["video_name"]],
-        "score_chosen": record.get("pos_score"),
-        "score_rejected": record.get("neg_score"),
-    }
-
-
-def _shared_prompt(chosen: list[Any], rejected: list[Any], column: str, where: str) -> Record:
-    if chosen[:-1] != rejected[:-1]:
-        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
-        raise PairError(
-            where, column, f"message {at} differs from the chosen conversation's; only the last of each may differ"
-        )
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-def _with_system(columns: Record, system: Any, where: str) -> Record:
-    """Put a `system` column, where there is one, in front of the prompt's messages."""
-    if not system:
-        return columns
-    if not isinstance(system, str):
-        raise PairError(where, "system", f"expected text, got {_brief(system)}")
-    prompt = columns["prompt"]
-    if not isinstance(prompt, list):
-        raise PairError(where, "system", "a plain prompt has no system message; give prompt and answers as messages")
-    if prompt and isinstance(prompt[0], Mapping) and prompt[0].get("role") == "system":
-        raise PairError(where, "system", "the conversation has a system message already; keep one of the two")
-    return {**columns, "prompt": [{"role": "system", "content": system}, *prompt]}
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-
-
-@dataclass(frozen=True)
-class PairFormat:
-    """A file format: the keys a record must have, and how it becomes the columns of a pair."""
-
-    name: str
-    required: tuple[str, ...]
-    convert: Callable[[Record, str, str | None], Record]
-    one_of: tuple[str, ...] = ()
-
-    def missing(self, record: Record) -> list[str]:
-        absent = [key for key in self.required if record.get(key) is None]
-        if self.one_of and all(record.get(key) is None for key in self.one_of):
-            absent.append(" or ".join(self.one_of))
-        return absent
-
-    def check(self, record: Record, where: str) -> None:
-        if absent := self.missing(record):
-            found = ", ".join(str(key) for key in record if record[key] is not None) or "none"
-            problem = f"missing or null for format {self.name!r}: {', '.join(absent)}; columns found: {found}"
-            raise PairError(where, None, problem)
-
-    def __str__(self) -> str:
-        return f"{self.name} ({', '.join([*self.required, *([' or '.join(self.one_of)] if self.one_of else [])])})"
-
-
-# In the order of detection: "implicit" needs the fewest keys, so it is asked last.
-FORMATS = {
-    format.name: format
-    for format in (
-        PairFormat("sharegpt", ("conversations", "chosen", "rejected"), _sharegpt),
-        PairFormat("ms-swift", ("messages",), _ms_swift, one_of=("rejected_response", "rejected_messages")),
-        PairFormat("synpo-release", ("video_name", "pos_pre", "neg_pre"), _synpo_release),
-        PairFormat("columns", ("prompt", "chosen", "rejected"), _columns),
-        PairFormat("implicit", ("chosen", "rejected"), _implicit),
-    )
-}
-
-_KNOWN_COLUMNS = frozenset(PAIR_FEATURES) | {
-    "system", "conversations", "messages", "rejected_response", "rejected_messages", "rejected_images",
-    "rejected_videos", "video_name", "pos_pre", "neg_pre", "pos_score", "neg_score", "question",
-}  # fmt: skip
-
-
-def _detect(record: Record, where: str) -> PairFormat:
-    for format in FORMATS.values():
-        if not format.missing(record):
-            return format
-    found = ", ".join(str(key) for key in record if record[key] is not None) or "none"
-    known = "; ".join(map(str, FORMATS.values()))
-    raise PairError(where, None, f"no known pair format has these columns: {found}. Known formats: {known}")
 
 
 class MediaFolder:

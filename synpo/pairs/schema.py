@@ -51,6 +51,7 @@ _REFUSED_COLUMNS = {
     "image": "rename it to 'images', a list per pair",
     "video": "rename it to 'videos', a list per pair",
 }
+_REFUSED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
 
 class PairError(ValueError):
@@ -98,7 +99,7 @@ def normalise_pair(record: Mapping[str, Any], where: str = "pair") -> dict[str, 
                 where,
                 column,
                 f"it is {kinds[1]}, but the prompt is {kinds[0]}; give all three in one form (where the answers repeat "
-                "the prompt's messages, remove the column 'prompt': the shared messages become the prompt)",
+                "the prompt's messages, read the file with format 'implicit': the shared messages become the prompt)",
             )
 
     media = {kind: _media_list(record.get(column), kind, where) for kind, column in MEDIA_COLUMNS.items()}
@@ -170,8 +171,9 @@ def _messages(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise PairError(where, column, f"message {index}: expected a dict, got a {type(message).__name__}")
-        if message.get("tool_calls"):
-            raise PairError(where, column, f"message {index}: tool_calls are not supported; write them as text")
+        for key in _REFUSED_MESSAGE_KEYS:
+            if message.get(key):
+                raise PairError(where, column, f"message {index}: {key!r} is not supported; write it into 'content'")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise PairError(where, column, f"message {index}: role {role!r} is none of {', '.join(ROLES)}")
@@ -194,7 +196,7 @@ def _parts(
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
             parts += _text_parts(_text(part.get("text"), column, where, f"{place}, part {index}: "))
-        elif kind in MEDIA_COLUMNS:
+        elif kind in ("image", "video"):
             sources = [part[key] for key in (kind, "path", "url", "bytes") if part.get(key) is not None]
             if sources:
                 inline[kind].append(_medium(sources[0], kind, f"{place}, part {index}", where, column))
@@ -308,6 +310,10 @@ def _score(value: Any, column: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PairError(where, column, f"expected a number or null, got {value!r}")
-    if not math.isfinite(value):
-        raise PairError(where, column, f"{value} is not a score; write null where the score is missing")
-    return float(value)
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise PairError(where, column, f"{score} is not a score; write null where the score is missing")
+    return score
