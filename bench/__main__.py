@@ -22,10 +22,9 @@ import torch
 from tqdm import tqdm
 
 from . import measure, report
-from .cases import CASES, DEFAULT
+from .cases import CASES, DEFAULT, OPS
 from .implementations import IMPLEMENTATIONS
 from .measure import DTYPES, HEADS, PHASES, Result, Spec
-from .oracle import OPS
 
 
 def parser() -> argparse.ArgumentParser:

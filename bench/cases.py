@@ -3,6 +3,12 @@ hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPS = {"synpo_loss": "synpo", "simpo_loss": "simpo", "linear_logps": None}  # op -> its objective; linear_logps has none
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,29 @@ DEFAULT = {
     "cpu": ("512x1024x49152", "512x2048x128256", "2048x576x49152"),
     "cuda": ("smollm2-135m", "llama3-8b", "qwen2.5-7b", "mistral-7b", "gemma2-2b"),
 }
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    labels: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (2B+1,) int32
+    grad: Tensor  # (N,) float32, the incoming gradient of linear_logps
+    softcap: float | None
+
+
+def make_inputs(case: Case, n: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Logits of unit spread, plus a push of 4 to 16 towards the target: target log-probs from about -8 to -0.01, as
+    in a trained model.
+    """
+    generator = torch.Generator(device).manual_seed(n * 1_000_003 + case.V)
+    weight = torch.empty(case.V, case.H, dtype=dtype, device=device)
+    for block in weight.split(16384):
+        block.copy_(torch.randn(block.shape, generator=generator, device=device) / case.H**0.5)
+    labels = torch.randint(case.V, (n,), generator=generator, device=device)
+    push = torch.empty(n, 1, device=device).uniform_(4, 16, generator=generator)
+    hidden = torch.randn(n, case.H, generator=generator, device=device) + push * weight[labels].float()
+    grad = torch.randn(n, generator=generator, device=device) / n
+    sequences = 2 * case.pairs(n) if n % 2 == 0 else 1
+    cu_seqlens = torch.arange(sequences + 1, device=device, dtype=torch.int32) * (n // sequences)
+    return Inputs(hidden.to(dtype), weight, labels, cu_seqlens, grad, case.softcap)

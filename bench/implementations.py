@@ -8,7 +8,7 @@ autograd wherever an input asks for them.
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import synpo_kernels
 
-from .cases import Case
-from .oracle import OPS, Inputs
+from .cases import OPS, Case, Inputs
 
 ALPHA, BETA = 30.0, 0.2  # SynPO
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.5
@@ -51,6 +50,22 @@ def naive_pair(
     op: str, hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     return pair_loss(op, naive_logps(hidden, weight, labels, softcap), cu_seqlens)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # At the first call, not on import: torch.compile loads its compiler at once.
+    return torch.compile(function)
+
+
+def compiled_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    return _compiled(naive_logps)(hidden, weight, labels, softcap)
+
+
+def compiled_pair(
+    op: str, hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    return _compiled(naive_pair)(op, hidden, weight, labels, cu_seqlens, softcap)
 
 
 def chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
@@ -186,7 +201,7 @@ class Implementation(NamedTuple):
 _TRITON = "its Triton kernels need a GPU"
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "naive": Implementation(naive_logps),
-    "torch-compile": Implementation(torch.compile(naive_logps), torch.compile(naive_pair), compiles=True),
+    "torch-compile": Implementation(compiled_logps, compiled_pair, compiles=True),
     "torch-chunked": Implementation(chunked_logps),
     "torch-linear-cross-entropy": Implementation(torch_logps, softcap=False),
     "liger": Implementation(None, liger_pair, package="liger_kernel", softcap=False, compiles=True),

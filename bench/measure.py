@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import oracle
-from .cases import CASES
+from .cases import CASES, Inputs, make_inputs
 from .implementations import IMPLEMENTATIONS
 from .memory import Peak
-from .oracle import Expected, Inputs
+from .oracle import Expected
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = ("frozen", "trainable")
@@ -149,7 +149,7 @@ def few_tokens(inputs: Inputs) -> Inputs:
 
 def measure(spec: Spec, expected: Expected) -> Result:
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
-    inputs = oracle.make_inputs(CASES[spec.case], spec.N, dtype, device)
+    inputs = make_inputs(CASES[spec.case], spec.N, dtype, device)
     stopwatch = Stopwatch(device)
     call = step(spec, inputs)
     step(spec, few_tokens(inputs))()
@@ -191,7 +191,7 @@ def measure(spec: Spec, expected: Expected) -> Result:
 
 
 def write_expected(op: str, case: str, n: int, dtype: str, device: str, path: Path) -> None:
-    expected = oracle.expect(op, oracle.make_inputs(CASES[case], n, DTYPES[dtype], torch.device(device)))
+    expected = oracle.expect(op, make_inputs(CASES[case], n, DTYPES[dtype], torch.device(device)))
     save_file({name: value.contiguous() for name, value in expected._asdict().items()}, path)
 
 

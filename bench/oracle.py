@@ -1,4 +1,4 @@
-"""Inputs of a case, and what a right implementation gives on them: float64, by synpo_kernels.reference.
+"""What a right implementation gives on a case's inputs: float64, by synpo_kernels.reference.
 
 The log-probs of all N tokens are exact. Gradients are checked on a subset, rows of hidden and rows of the head, so
 that the oracle costs one float64 product and never holds (N, V).
@@ -11,20 +11,11 @@ from torch import Tensor
 
 from synpo_kernels import objectives, reference
 
-from .cases import Case
+from .cases import OPS, Inputs
+from .implementations import naive_logps
 
-OPS = {"synpo_loss": "synpo", "simpo_loss": "simpo", "linear_logps": None}  # op -> its objective; linear_logps has none
 SUBSET = 32  # rows of hidden, and rows of the head beside the targets of those
 _CHUNK_BYTES = 256 << 20  # of float64 logits at once
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
-    labels: Tensor  # (N,) int64
-    cu_seqlens: Tensor  # (2B+1,) int32
-    grad: Tensor  # (N,) float32, the incoming gradient of linear_logps
-    softcap: float | None
 
 
 class Expected(NamedTuple):
@@ -36,23 +27,7 @@ class Expected(NamedTuple):
     grad_hidden: Tensor  # (R, H)
     columns: Tensor  # (C,) int64 rows of the head
     grad_weight: Tensor  # (C, H)
-
-
-def make_inputs(case: Case, n: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Logits of unit spread, plus a push of 4 to 16 towards the target: target log-probs from about -8 to -0.01, as
-    in a trained model.
-    """
-    generator = torch.Generator(device).manual_seed(n * 1_000_003 + case.V)
-    weight = torch.empty(case.V, case.H, dtype=dtype, device=device)
-    for block in weight.split(16384):
-        block.copy_(torch.randn(block.shape, generator=generator, device=device) / case.H**0.5)
-    labels = torch.randint(case.V, (n,), generator=generator, device=device)
-    push = torch.empty(n, 1, device=device).uniform_(4, 16, generator=generator)
-    hidden = torch.randn(n, case.H, generator=generator, device=device) + push * weight[labels].float()
-    grad = torch.randn(n, generator=generator, device=device) / n
-    sequences = 2 * case.pairs(n) if n % 2 == 0 else 1
-    cu_seqlens = torch.arange(sequences + 1, device=device, dtype=torch.int32) * (n // sequences)
-    return Inputs(hidden.to(dtype), weight, labels, cu_seqlens, grad, case.softcap)
+    naive_error: Tensor  # () the naive loss's own error in grad_hidden, in the inputs' dtype: relative Frobenius norm
 
 
 def expect(op: str, inputs: Inputs) -> Expected:
@@ -69,6 +44,12 @@ def expect(op: str, inputs: Inputs) -> Expected:
     leaf = hidden[rows].double().requires_grad_()
     reference.linear_logps(leaf, head, labels[rows], softcap=softcap).backward(coefficients[rows])
 
+    assert leaf.grad is not None
+    naive = hidden[rows].detach().requires_grad_()
+    naive_logps(naive, weight, labels[rows], softcap).backward(coefficients[rows].float())
+    assert naive.grad is not None
+    naive_error = (naive.grad.double() - leaf.grad).norm() / leaf.grad.norm()
+
     chosen = torch.cat([labels[rows], torch.linspace(0, columns - 1, SUBSET, device=labels.device).long()]).unique()
     part = head[chosen].requires_grad_()
     del head
@@ -78,9 +59,8 @@ def expect(op: str, inputs: Inputs) -> Expected:
     hits = (labels[:, None] == chosen).double()
     # d l_t / d z_tv = [v = y_t] - p_tv: a sum whose gradient in the chosen rows of the head is the loss's.
     (coefficients[:, None] * (hits - probabilities) * z).sum().backward()
-    assert leaf.grad is not None
     assert part.grad is not None
-    return Expected(logps, z_y.abs().max(), rows, leaf.grad, chosen, part.grad)
+    return Expected(logps, z_y.abs().max(), rows, leaf.grad, chosen, part.grad, naive_error)
 
 
 def _cap(raw: Tensor, softcap: float | None) -> Tensor:
@@ -119,13 +99,15 @@ def compare(op: str, expected: Expected, cu_seqlens: Tensor, logps: Tensor, grad
 def tolerance(dtype: torch.dtype, expected: Expected) -> Errors:
     """What an honest implementation in this dtype stays under.
 
-    Log-probs: logits rounded to the dtype err by eps/2 of the largest of them, twice (target and denominator), and as
-    much again for slack. Gradients: 16 eps, for probabilities kept in the dtype. To both 1e-4 for float32
-    accumulation over H and V. An error that has a cause other than rounding (a skipped tile, a wrong coefficient) is
-    larger by orders of magnitude.
+    Log-probs: logits rounded to the dtype err by eps/2 of the largest of them, twice (target and denominator), and
+    as much again for slack. Gradients: twice the naive loss's own error (large where tokens are confident, p near 1:
+    there it is a difference of nearly equal numbers), and 16 eps for coefficients made of such log-probs. To both 1e-4
+    for float32 sums over H and V. An error that has a cause other than rounding (a skipped tile, a wrong coefficient)
+    is larger by orders of magnitude in float32.
     """
     eps = torch.finfo(dtype).eps
-    return Errors(2 * eps * max(1.0, expected.largest_logit.item()) + 1e-4, 16 * eps + 1e-4)
+    logps = 2 * eps * max(1.0, expected.largest_logit.item()) + 1e-4
+    return Errors(logps, 2 * expected.naive_error.item() + 16 * eps + 1e-4)
 
 
 def mismatch(errors: Errors, allowed: Errors) -> str | None:

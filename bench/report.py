@@ -12,8 +12,9 @@ from .cases import CASES
 from .measure import Result, Spec, commit, device_name
 
 COLUMNS = [
-    "date", "commit", "device", "torch", "triton", "op", "implementation", "case", "dtype", "N", "H", "V", "head", "phase",
-    "p20_ms", "p50_ms", "p80_ms", "gemm_ms", "ratio_to_gemm", "peak_extra_mb", "max_logp_error", "grad_rel_error",
+    "date", "commit", "device", "torch", "triton", "op", "implementation", "case", "dtype", "N", "H", "V", "head",
+    "phase", "p20_ms", "p50_ms", "p80_ms", "gemm_ms", "ratio_to_gemm", "peak_extra_mb",
+    "max_logp_error", "grad_rel_error",
 ]  # fmt: skip
 KEY = ("op", "case", "dtype", "N", "head", "phase", "implementation")
 NOTE_COLUMNS = ["date", "commit", *KEY, "status", "rounds", "note"]
@@ -109,8 +110,8 @@ def table(rows: list[Row]) -> str:
             out.append("| " + " | ".join((row["implementation"], *numbers, *errors, note.replace("|", "/"))) + " |")
         out.append("")
     out.append(
-        "GEMM is the plain product hidden @ weight.T in the same dtype, timed between the rounds. The head is 2 to 8 %\n"
-        "of the arithmetic of an 8B model's step (V 32k to 152k), so a faster loss alone moves such a step by a few\n"
+        "GEMM is the plain product hidden @ weight.T in the same dtype, timed between the rounds. The head is 2 to\n"
+        "8 % of the arithmetic of an 8B model's step (V 32k to 152k), so a faster loss alone moves such a step by a few\n"
         "percent; its memory is what shows end to end."
     )
     return "\n".join(out)
@@ -128,62 +129,56 @@ def plot(
     from matplotlib import pyplot as plt
 
     chosen = [r for r in rows if (r["op"], r["head"], r["phase"]) == (op, head, phase)]
-    groups = list(dict.fromkeys((r["case"], r["N"]) for r in chosen if r["p50_ms"]))
-    if not groups:
+    timed = [r for r in chosen if r["p50_ms"]]
+    if not timed:
         raise ValueError(f"no timed row of {op}, {head} head, {phase} to plot")
-    names = [
-        n
-        for n in dict.fromkeys(r["implementation"] for r in chosen)
-        if any(r["p50_ms"] for r in chosen if r["implementation"] == n)
-    ]
-    dtypes = list(dict.fromkeys(r["dtype"] for r in chosen))
-    height = 0.8 / len(dtypes)
-    colours = dict(zip(("fp32", "bf16", "fp16"), ("#4878a8", "#d97b3c", "#6a9f58"), strict=True))
-    figure, axes = plt.subplots(
-        2,
-        len(groups),
-        figsize=(1.8 + 4.2 * len(groups), 1.6 + 0.85 * len(names)),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
+    shapes = list(dict.fromkeys((r["case"], r["N"]) for r in timed))
+    names = list(dict.fromkeys(r["implementation"] for r in timed))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in timed))
+    size = (2.2 + 3.6 * len(shapes), 1.8 + 0.3 * len(names) * (1 + len(dtypes)))
+    figure, axes = plt.subplots(2, len(shapes), figsize=size, squeeze=False, layout="constrained")
     measures = (
         ("ratio_to_gemm", "time / time of hidden @ weight.T"),
         ("peak_extra_mb", "extra memory at the peak, MB"),
     )
     for (column, label), line in zip(measures, axes, strict=True):
-        for (case, n), ax in zip(groups, line, strict=True):
-            for i, dtype in enumerate(dtypes):
-                for y, name in enumerate(names):
-                    where = [
-                        r
-                        for r in chosen
-                        if (r["case"], r["N"], r["dtype"], r["implementation"]) == (case, n, dtype, name)
-                    ]
-                    value = where[0][column] if where else ""
-                    at = y + (i - (len(dtypes) - 1) / 2) * height
-                    if value:
-                        ax.barh(at, float(value), height, color=colours[dtype], label=dtype if y == 0 else None)
-                    ax.annotate(
-                        f" {_figure(value) or '-'}",
-                        (float(value or 0) or ax.get_xlim()[0], at),
-                        va="center",
-                        fontsize=8,
-                    )
-            ax.set_xscale("log")
-            ax.margins(x=0.18)
-            ax.set_yticks(range(len(names)), names)
-            for tick in ax.get_yticklabels():
-                tick.set_fontweight("bold" if tick.get_text() == "ours" else "normal")
+        for (case, n), ax in zip(shapes, line, strict=True):
+            here = {(r["implementation"], r["dtype"]): r[column] for r in timed if (r["case"], r["N"]) == (case, n)}
+            _bars(ax, here, names, dtypes)
             ax.set_xlabel(label)
-            ax.spines[["top", "right"]].set_visible(False)
-            if column == "ratio_to_gemm":
-                ax.set_title(f"{case}\nN {n}", fontsize=10)
-                ax.axvline(1, color="grey", linewidth=0.8, linestyle=":")
-        line[0].invert_yaxis()
+            if ax is not line[0]:
+                ax.set_yticklabels([])
+        for ax, (case, n) in zip(axes[0], shapes, strict=True):
+            ax.set_title(f"{case}, N {n}", fontsize=10)
+            ax.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(dtypes), frameon=False)
-    figure.suptitle(f"{op}, {head} head, {phase} on {chosen[0]['device']}: less is better", fontsize=11)
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(dtypes), frameon=False)
+    figure.suptitle(f"{op}, {head} head, {phase}: less is better\n{timed[0]['device']}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+_COLOURS = {"fp32": "#4878a8", "bf16": "#d97b3c", "fp16": "#6a9f58"}
+
+
+def _bars(ax: Any, values: dict[tuple[str, str], str], names: list[str], dtypes: list[str]) -> None:
+    """One bar an implementation and dtype, its figure beside it; bars over twice naive's are cut, with an arrow."""
+    numbers = {key: float(value) for key, value in values.items() if value}
+    naive = [v for (name, _), v in numbers.items() if name == "naive"]
+    edge = 2 * max(naive or numbers.values())
+    height = 0.8 / len(dtypes)
+    for i, dtype in enumerate(dtypes):
+        places = [y + (i - (len(dtypes) - 1) / 2) * height for y in range(len(names))]
+        widths = [min(numbers.get((name, dtype), 0.0), edge) for name in names]
+        ax.barh(places, widths, height, color=_COLOURS[dtype], label=dtype)
+        for name, place, width in zip(names, places, widths, strict=True):
+            value = numbers.get((name, dtype))
+            text = "-" if value is None else _figure(str(value)) + (" →" if value > edge else "")
+            ax.annotate(f" {text}", (width, place), va="center", fontsize=8)
+    ax.set_xlim(0, edge * 1.25)
+    ax.set_yticks(range(len(names)), names)
+    for tick in ax.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == "ours" else "normal")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
