@@ -1,12 +1,16 @@
 """The door of the ops: inputs checked and cast as autocast asks, ignored tokens dropped, once, before any product."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_Result = TypeVar("_Result")
 
 OPTIONS_SCHEMA = (
     "int ignore_index, float logit_scale, float softcap, str? tp_group, int? workspace_mb, bool check, bool[] needs"
@@ -53,13 +57,33 @@ class Door(NamedTuple):
     bounds: list[int]  # boundaries of the sequences after compaction
 
 
-def compact(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, options: Options, vocabulary: int) -> Door:
+def own_precision(kernel: Callable[..., _Result]) -> Callable[..., _Result]:
+    """An op's kernel with autocast off inside: its inputs are cast already, and its float32 products must stay so."""
+
+    @wraps(kernel)
+    def run(first: Tensor, *rest: Any) -> _Result:
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *rest)
+
+    return run
+
+
+def refuse_second_order(name: str) -> None:
+    """RuntimeError in a backward pass that is to be differentiated itself, which would silently lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once: create_graph=True is not supported")
+
+
+def compact(
+    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor, options: Options, vocabulary: int, name: str = "targets"
+) -> Door:
     """Drop ignored tokens. Counting them is the one host sync; the same transfer carries what the checks need.
 
-    hidden (N, H), targets (N,), cu_seqlens (S+1,) over the N tokens. Errors: IndexError for a target outside [0,
-    vocabulary), ValueError for boundaries that do not cover the tokens in order and, with options.check, for values
-    of hidden that are not finite.
+    hidden (N, H), labels (N,) or (rows, N / rows), cu_seqlens (S+1,) over the N tokens; name: what the caller calls
+    the labels. Errors: IndexError for a label outside [0, vocabulary), ValueError for boundaries that do not cover
+    the tokens in order and, with options.check, for values of hidden that are not finite.
     """
+    targets = labels.reshape(-1)
     valid = targets != options.ignore_index
     wrong = valid & ((targets < 0) | (targets >= vocabulary))
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
@@ -67,9 +91,10 @@ def compact(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, options: Option
     facts = torch.cat([wrong.sum()[None], cu_seqlens.to(torch.int64), running[inside], running[-1:]]).tolist()
     boundaries, bounds, n = facts[1 : 1 + len(cu_seqlens)], facts[1 + len(cu_seqlens) : -1], facts[-1]
     if facts[0]:
-        position = int(wrong.nonzero()[0])
+        flat = int(wrong.nonzero()[0])
+        position = flat if labels.ndim == 1 else divmod(flat, labels.shape[1])
         raise IndexError(
-            f"targets: position {position} holds {int(targets[position])}, outside [0, {vocabulary}) and not "
+            f"{name}: position {position} holds {int(targets[flat])}, outside [0, {vocabulary}) and not "
             f"ignore_index={options.ignore_index}"
         )
     if boundaries[0] != 0 or boundaries[-1] != len(targets) or boundaries != sorted(boundaries):
@@ -90,8 +115,19 @@ def scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
     return values.new_zeros((rows, *values.shape[1:])).index_copy_(0, index, values)
 
 
-def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    """What can be told from shapes, dtypes and devices alone: TypeError or ValueError naming the argument."""
+def check_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    workspace_mb: int | None,
+    name: str = "targets",
+) -> None:
+    """What can be told from shapes, dtypes and devices alone: TypeError or ValueError naming the argument.
+
+    name: what the caller calls the targets.
+    """
     if hidden.dtype not in _FLOATS:
         raise TypeError(f"hidden has dtype {hidden.dtype}; allowed: float64, float32, bfloat16, float16")
     if weight.dtype != hidden.dtype:
@@ -103,7 +139,7 @@ def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
             f"weight is {weight.dtype} but bias is {bias.dtype}: give both one dtype, or run under autocast"
         )
     if targets.dtype != torch.int64:
-        raise TypeError(f"targets have dtype {targets.dtype}; int64 is needed")
+        raise TypeError(f"{name} have dtype {targets.dtype}; int64 is needed")
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (V, H) with V >= 1")
     if hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
@@ -111,14 +147,21 @@ def check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
             f"hidden has shape {tuple(hidden.shape)}; expected (..., H) with weight's H = {weight.shape[1]}"
         )
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}; expected hidden's {tuple(hidden.shape[:-1])}")
+        raise ValueError(f"{name} have shape {tuple(targets.shape)}; expected hidden's {tuple(hidden.shape[:-1])}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected weight's ({weight.shape[0]},)")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"hidden is on {hidden.device} but {name} on {tensor.device}")
+    check_devices(hidden, {"weight": weight, name: targets, "bias": bias})
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be > 0, or None for none")
+    if workspace_mb is not None and workspace_mb < 1:
+        raise ValueError(f"workspace_mb is {workspace_mb}; it must be at least 1, or None for the default")
+
+
+def check_devices(hidden: Tensor, others: dict[str, Tensor | None]) -> None:
+    """ValueError for a tensor that is not where hidden is."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device} but {name} on {tensor.device}")
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

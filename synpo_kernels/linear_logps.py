@@ -25,11 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .door import OPTIONS_SCHEMA, Options, autocast, check_inputs, compact, open_options, scatter
+from .door import (
+    OPTIONS_SCHEMA,
+    Options,
+    autocast,
+    check_inputs,
+    compact,
+    open_options,
+    own_precision,
+    refuse_second_order,
+    scatter,
+)
 from .scoring import Scores, open_head, score, score_gradients, target_logits, vocabulary_size
 from .vocab_passes import accumulator
 
 
+@own_precision
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     options = Options(*rest)
     head = open_head(weight, bias, options)
@@ -50,6 +61,7 @@ def _forward_fake(
     return targets.new_empty(targets.shape, dtype=acc), hidden.new_empty((rows, hidden.shape[1]), dtype=acc)
 
 
+@own_precision
 def _backward(
     grad: Tensor, logps: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order("linear_logps")
     nothing = (None,) * len(ctx.options)
     if not ctx.options.trainable:
         (unit,) = ctx.saved_tensors
@@ -148,10 +161,11 @@ def linear_logps(
     vocabulary; hidden is the same on every rank, and its gradient comes back summed over the ranks. workspace_mb
     bounds working memory (default 64 on a CPU; on a GPU 640 with a frozen head, 1300 with a trainable one).
     check=True also refuses values of hidden that are not finite, at the cost of a read of hidden. Errors: TypeError
-    for dtypes, ValueError for shapes, devices and softcap <= 0, IndexError for a target outside [0, V).
+    for dtypes, ValueError for shapes, devices, softcap <= 0 and workspace_mb < 1, IndexError for a target outside
+    [0, V) (its position in the flattened targets and its value named), RuntimeError for a second derivative.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
-    check_inputs(hidden, weight, targets, bias, softcap)
+    check_inputs(hidden, weight, targets, bias, softcap, workspace_mb)
     options = open_options(
         hidden,
         weight,

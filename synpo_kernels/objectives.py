@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_FORMS = ("sigmoid", "logsigmoid")
+
+
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(N,) values -> (S,) sums over the S segments that ``cu_seqlens`` (S+1,) bounds; deterministic on every device."""
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens.to(torch.int64), unsafe=True)
@@ -84,9 +87,12 @@ def synpo(
     """rank(alpha (r+ - r-)) - beta q+ with r = exp(m), q = mean exp(log-prob): SynPO, arXiv 2506.00835.
 
     rank(u) = -sigmoid(u) for form "sigmoid" (what the release trains with), -logsigmoid(u) for form "logsigmoid".
+    Errors: ValueError for another form.
     """
     chosen, rejected = _halves(_means(logps, cu_seqlens).exp())
     language = _means(logps.exp(), cu_seqlens).chunk(2)[0]
+    if form not in _FORMS:
+        raise ValueError(f"form is {form!r}; allowed: {', '.join(_FORMS)}")
     gap = alpha * (chosen - rejected)
     rank = gap.sigmoid() if form == "sigmoid" else logsigmoid(gap)
     return -rank - beta * language
@@ -180,7 +186,6 @@ REGISTRY: dict[str, Objective] = {
     "orpo": Objective(orpo, {"beta": 0.1}, reward="beta_mean"),
 }
 _POSITIVE = {"alpha", "beta"}
-_FORMS = ("sigmoid", "logsigmoid")
 
 
 def resolve(name: str, hyperparameters: dict[str, float | str]) -> dict[str, float | str]:

@@ -4,12 +4,10 @@ The loss depends on the model only through per-token log-probs l_t, so its gradi
 = dL / dl_t. One op scores the tokens, evaluates the objective on their log-probs, and forms the gradients in the same
 forward pass:
 
-    frozen head      g_t = dl_t / d hidden_t comes out of the scoring pass; grad hidden_t = c_t g_t
-    two matrix products trainable head   c_t is known once both answers of a pair are scored: whole pairs are scored
-    into a workspace of
-                     exp(z - z_y), from which both gradients are made
-                     three pairs that do not fit, and objectives that couple the pairs of a call, are scored again
-                     four
+- Frozen head: g_t = dl_t / d hidden_t comes out of the scoring pass, and grad hidden_t = c_t g_t. Two matrix products.
+- Trainable head: c_t is known once both answers of a pair are scored, so whole pairs are scored into a workspace of
+  exp(z - z_y), from which both gradients are made. Three products. Pairs that do not fit, and objectives that couple
+  the pairs of a call, are scored again: four.
 
 The backward pass multiplies by the incoming scalar. With a head that is frozen the working memory is bounded by
 workspace_mb and 4 n H bytes for n valid tokens; a trainable one adds the float32 gradient of the head, 4 V H bytes.
@@ -27,7 +25,19 @@ from torch import Tensor, nn
 
 from . import objectives
 from .device import workspace_bytes
-from .door import OPTIONS_SCHEMA, Door, Options, autocast, check_inputs, compact, open_options, scatter
+from .door import (
+    OPTIONS_SCHEMA,
+    Door,
+    Options,
+    autocast,
+    check_devices,
+    check_inputs,
+    compact,
+    open_options,
+    own_precision,
+    refuse_second_order,
+    scatter,
+)
 from .linear_logps import linear_logps
 from .scoring import (
     Gradients,
@@ -38,6 +48,7 @@ from .scoring import (
     stored_gradients,
     tile_dtype,
     vocabulary_size,
+    widest_slice,
 )
 from .vocab_passes import accumulator
 
@@ -73,21 +84,21 @@ class _Loss(NamedTuple):
         return losses.detach(), coef
 
 
-def _sequence_references(ref_logps: Tensor | None, door: Door, labels: Tensor, cu_seqlens: Tensor) -> Tensor | None:
-    """Reference log-probs as (2B,) sums, from per-sequence sums, per-valid-token or per-position values."""
+def _references(ref_logps: Tensor | None, door: Door, labels: Tensor) -> Tensor | None:
+    """Reference log-probs as (2B,) sums or (n,) per valid token, from either of these or from the labels' shape."""
     if ref_logps is None:
         return None
     values = ref_logps.reshape(-1).to(accumulator(door.hidden.dtype))
-    if ref_logps.shape == (len(cu_seqlens) - 1,):
+    if ref_logps.shape == (len(door.bounds) - 1,):
         return values
     if ref_logps.shape == labels.shape and door.kept is not None:
         values = values[door.kept]
     if values.numel() != len(door.targets):
         raise ValueError(
-            f"ref_logps has shape {tuple(ref_logps.shape)}; expected ({len(cu_seqlens) - 1},) sums per sequence, "
+            f"ref_logps has shape {tuple(ref_logps.shape)}; expected ({len(door.bounds) - 1},) sums per sequence, "
             f"({len(door.targets)},) per valid token, or the labels' {tuple(labels.shape)}"
         )
-    return objectives.segment_sums(values, cu_seqlens)
+    return values
 
 
 def _chunks(bounds: list[int], row_bytes: int, workspace: int) -> list[tuple[list[int], bool]]:
@@ -116,7 +127,7 @@ def _trainable(
     pairs = len(bounds) // 2
     logps = torch.empty(len(door.targets), dtype=accumulator(door.hidden.dtype), device=device)
     losses = logps.new_empty(pairs)
-    row_bytes = len(head.weight) * tile_dtype(door.hidden).itemsize
+    row_bytes = widest_slice(head) * tile_dtype(door.hidden).itemsize
     workspace = workspace_bytes(head.workspace_mb, device, True)
     chunks = [(list(range(pairs)), False)] if coupled else _chunks(bounds, row_bytes, workspace)
     for members, fits in chunks:
@@ -164,6 +175,7 @@ def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@own_precision
 def _pair_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -178,10 +190,12 @@ def _pair_loss(
     options = Options(*rest)
     needs, trainable = options.needs, options.trainable
     head = open_head(weight, bias, options)
-    door = compact(hidden, labels.reshape(-1), cu_seqlens, options, vocabulary_size(head))
+    door = compact(hidden, labels, cu_seqlens, options, vocabulary_size(head), "labels")
     _refuse_empty_answers(door.bounds, options.ignore_index)
     cu = torch.tensor(door.bounds, device=hidden.device)
-    refs = _sequence_references(ref_logps, door, labels, cu)
+    refs = _references(ref_logps, door, labels)
+    if refs is not None and len(refs) != len(cu) - 1:
+        refs = objectives.segment_sums(refs, cu)
     entry, settings = objectives.REGISTRY[objective], json.loads(hyperparameters)
     loss = _Loss(partial(entry.function, **settings), len(door.bounds) // 2)
 
@@ -196,9 +210,11 @@ def _pair_loss(
     else:
         scores, gradient = score(door.hidden, door.targets, head, needs[0])
         logps = scores.logps
-        losses, coef = loss.coefficients(logps, cu, refs)
         if needs[0]:
+            losses, coef = loss.coefficients(logps, cu, refs)
             out = out._replace(hidden=gradient.mul_(coef[:, None]))
+        else:
+            losses = loss.function(logps, cu, ref_logps=refs)
 
     grad_hidden = hidden.new_empty((0, hidden.shape[1]), dtype=_gradient_dtype(hidden.dtype))
     if out.hidden is not None:
@@ -241,6 +257,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_order("a fused preference loss")
     hidden, weight, bias = (
         (g * grad_loss.to(g.dtype)).to(dtype) if need else None
         for g, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
@@ -287,6 +304,10 @@ class FusedPreferenceLoss(nn.Module):
         self.objective = objective if isinstance(objective, str) else names.get(objective, objective)
         if isinstance(self.objective, str):
             hyperparameters = objectives.resolve(self.objective, hyperparameters)
+        elif not callable(self.objective):
+            raise TypeError(
+                f"objective is {objective!r}; a name, one of {', '.join(objectives.REGISTRY)}, or a function"
+            )
         self.hyperparameters = hyperparameters
         self._settings = json.dumps(hyperparameters) if isinstance(self.objective, str) else ""
         self.options: dict[str, Any] = {
@@ -322,8 +343,9 @@ class FusedPreferenceLoss(nn.Module):
         IndexError for a label outside [0, V) (position and value named).
         """
         hidden, weight, bias = autocast(hidden, weight, bias)
-        check_inputs(hidden, weight, labels, bias, self.options["softcap"])
+        check_inputs(hidden, weight, labels, bias, self.options["softcap"], self.options["workspace_mb"], "labels")
         cu_seqlens = _boundaries(labels, cu_seqlens)
+        check_devices(hidden, {"cu_seqlens": cu_seqlens, "ref_logps": ref_logps})
         if not isinstance(self.objective, str):
             return self._by_callable(self.objective, hidden, weight, labels, bias, cu_seqlens, ref_logps)
         if objectives.REGISTRY[self.objective].reference and ref_logps is None:
@@ -344,16 +366,14 @@ class FusedPreferenceLoss(nn.Module):
         cu_seqlens: Tensor,
         ref_logps: Tensor | None,
     ) -> PreferenceOutput:
-        flat = labels.reshape(-1)
-        ignore_index = self.options["ignore_index"]
-        valid = flat != ignore_index
-        running = nn.functional.pad(valid.cumsum(0), (1, 0))
-        bounds = running[cu_seqlens.to(torch.int64)]
-        _refuse_empty_answers(bounds.tolist(), ignore_index)
-        logps = linear_logps(
-            hidden.reshape(-1, hidden.shape[-1])[valid], weight, flat[valid], bias=bias, **self.options
-        )
-        losses = objective(logps, bounds, ref_logps=ref_logps, **self.hyperparameters)
+        options = open_options(hidden, weight, bias, **self.options)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        door = compact(flat, labels, cu_seqlens, options, vocabulary_size(open_head(weight, bias, options)), "labels")
+        _refuse_empty_answers(door.bounds, options.ignore_index)
+        bounds = torch.tensor(door.bounds, device=hidden.device)
+        refs = _references(ref_logps, door, labels)
+        logps = linear_logps(door.hidden, weight, door.targets, bias=bias, **self.options)
+        losses = objective(logps, bounds, ref_logps=refs, **self.hyperparameters)
         if losses.shape != (len(bounds) // 2,):
             raise ValueError(
                 f"objective: its losses have shape {tuple(losses.shape)}; needed is one per pair, ({len(bounds) // 2},)"

@@ -117,13 +117,22 @@ def add_target_gradients(
     coef = coef * (scores.sums / scores.norm) * head.slope(scores.target_logits)
     coef = coef.where(scores.owned, coef.new_zeros(()))
     safe = scores.columns.clamp(0, head.weight.shape[0] - 1)
-    # index_put_ rather than index_add_: on a GPU the latter adds with atomics, in an order that differs from run to
-    # run.
     if grad_weight is not None:
         for rows in _row_slices(len(coef)):
-            grad_weight.index_put_((safe[rows],), coef[rows, None] * hidden[rows].to(coef.dtype), accumulate=True)
+            _add_rows(grad_weight, safe[rows], coef[rows, None] * hidden[rows].to(coef.dtype))
     if grad_bias is not None:
-        grad_bias.index_put_((safe,), coef, accumulate=True)
+        _add_rows(grad_bias, safe, coef)
+
+
+def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """total[rows] += values in the same order in every run, though rows may repeat.
+
+    Of index_add_ and index_put_, the first adds with atomics on a GPU and the second on a CPU with float32.
+    """
+    if total.device.type == "cpu":
+        total.index_add_(0, rows, values)
+    else:
+        total.index_put_((rows,), values, accumulate=True)
 
 
 def score(hidden: Tensor, targets: Tensor, head: Head, want_gradient: bool) -> tuple[Scores, Tensor]:
@@ -185,6 +194,14 @@ def open_head(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
     workspace = workspace_bytes(options.workspace_mb, weight.device, options.trainable) >> 20
     group = None if options.tp_group is None else _resolve_process_group(options.tp_group)  # type: ignore[arg-type]
     return Head(weight, bias, options.logit_scale, options.softcap, group, workspace)
+
+
+def widest_slice(head: Head) -> int:
+    """The most columns any rank's weight holds: what all ranks must agree on to take the same steps."""
+    if head.group is None:
+        return head.weight.shape[0]
+    widest = torch.tensor(head.weight.shape[0], device=head.weight.device)
+    return int(head.reduce(widest, dist.ReduceOp.MAX))
 
 
 def vocabulary_size(head: Head) -> int:

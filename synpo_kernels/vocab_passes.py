@@ -180,13 +180,16 @@ def _tile_grads(
 ) -> Tensor:
     n, H = hidden.shape
     product = coef.new_zeros((n if weighted else 0, H))
-    # The coefficient goes to the narrow side: scaling hidden touches n * H numbers, scaling the tile n * V.
+    # The coefficient goes to the narrow side: scaling hidden touches n * H numbers, scaling the tile n * V. It is
+    # divided by a row's norm, which may be e^GUARD: bf16 holds that, fp16 does not.
     scaled = hidden.to(coef.dtype) * coef[:, None]
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        scaled = scaled.to(hidden.dtype)
     for part in _columns(n, weight, max(tile.nbytes // 4, 1 << 20)) if n else ():
         if weighted:
             product += _matmul(tile[:, part], weight[part])
         if grad_weight is not None:
-            grad_weight[part] -= _matmul(tile[:, part].T, scaled.to(hidden.dtype) if hidden.is_cuda else scaled)
+            grad_weight[part] -= _matmul(tile[:, part].T, scaled)
         if grad_bias is not None:
             grad_bias[part] -= coef @ tile[:, part].to(coef.dtype)
     return product
