@@ -1,0 +1,123 @@
+"""SynPOConfig: the options of a preference-training run, on top of transformers.TrainingArguments."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from synpo_kernels import objectives
+from transformers import TrainingArguments
+
+TRUNCATIONS = ("cut", "drop", "error")
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class SynPOConfig(TrainingArguments):
+    """Options of a run: those of TrainingArguments and the ones below.
+
+    Some defaults of TrainingArguments are the SynPO release's recipe instead (arXiv 2506.00835): learning rate 5e-6 with
+    10 % warm-up and linear decay, one pair per forward pass, 32 pairs per optimizer step, five epochs.
+
+    Errors: ValueError naming the field, the value given and what is allowed.
+    """
+
+    objective: str = _option("synpo", f"Loss on a pair: {', '.join(objectives.REGISTRY)}.")
+    alpha: float | None = _option(None, "synpo: sharpness of the ranking term (paper: alpha). Default 30.")
+    beta: float | None = _option(
+        None, "Weight of synpo's language term or orpo's odds ratio, inverse temperature elsewhere (paper: beta). "
+        "Default: synpo 0.2, simpo 2, others 0.1.",
+    )  # fmt: skip
+    form: str | None = _option(None, 'synpo: ranking function, "sigmoid" or "logsigmoid". Default "sigmoid".')
+    gamma: float | None = _option(None, "simpo: target margin in units of the reward (paper: gamma). Default 0.5.")
+    dpop_lambda: float | None = _option(
+        None, "dpop: penalty on a chosen answer less likely than under the reference (paper: lambda). Default 50."
+    )
+    max_length: int = _option(2560, "Longest sequence in tokens, prompt and answer together.")
+    truncation: str = _option(
+        "cut", "Pairs longer than max_length: cut (the prompt from the left down to a quarter of max_length, then the "
+        "answer before its end token), drop, or error. Counted and logged in any case.",
+    )  # fmt: skip
+    min_score_gap: float | None = _option(
+        None, "Train only on pairs whose score_chosen - score_rejected is at least this (paper: 4). Default: all pairs."
+    )
+    precompute_ref_logps: bool = _option(
+        False, "dpo, dpop, ipo, kto: compute the reference's log-probs once, before training, and keep them on disk."
+    )
+    ref_cache_dir: str | None = _option(
+        None, "Directory of the precomputed reference log-probs. Default: output_dir/reference."
+    )
+    tokens_per_pass: int | None = _option(
+        None, "Most tokens, padding included, that go through the model at once; a larger micro-batch takes several "
+        "passes with the same gradient, a pair is never split. Default: 1024 on a CPU, no bound elsewhere.",
+    )  # fmt: skip
+    fused: bool = _option(True, "False: full logits and plain PyTorch losses, for comparison only.")
+    workspace_mb: int | None = _option(
+        None, "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU, 640 to 1300 on a GPU."
+    )
+    max_nonfinite_steps: int = _option(
+        10, "Stop when this many optimizer steps of the run were skipped for a NaN or infinite loss or gradient."
+    )
+
+    learning_rate: float = _option(5e-6, "Initial learning rate of AdamW.")
+    warmup_steps: float = _option(0.1, "Warm-up: optimizer steps, or a share of them where below 1.")
+    num_train_epochs: float = _option(5.0, "Passes over the training pairs.")
+    per_device_train_batch_size: int = _option(1, "Pairs per micro-batch and device.")
+    per_device_eval_batch_size: int = _option(1, "Pairs per evaluation batch and device.")
+    gradient_accumulation_steps: int = _option(32, "Micro-batches per optimizer step.")
+    logging_steps: float = _option(1, "Optimizer steps between log lines, or a share of all where below 1.")
+    logging_nan_inf_filter: bool = _option(
+        False, "Kept off: non-finite losses are counted and logged, never averaged out."
+    )
+    remove_unused_columns: bool = _option(False, "Kept off: columns are chosen by name when pairs are tokenised.")
+    report_to: None | str | list[str] = _option("none", "Integrations that logs go to beside metrics.jsonl.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to pin for, and torch warns
+        self._check_objective()
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation is {self.truncation!r}; allowed: {', '.join(TRUNCATIONS)}")
+        if self.max_length < 8:
+            raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 8 tokens")
+        for name in ("tokens_per_pass", "workspace_mb", "max_nonfinite_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it has to be at least 1")
+        if self.ref_cache_dir is not None and not self.precompute_ref_logps:
+            raise ValueError("ref_cache_dir is set but precompute_ref_logps is off; set precompute_ref_logps=True")
+        for name in ("logging_nan_inf_filter", "remove_unused_columns"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is not supported by SynPOTrainer; leave it out")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; preference losses have none, leave it out"
+            )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True replaces the model's loss; SynPOTrainer has its own, leave it out")
+
+    def _check_objective(self) -> None:
+        given = {
+            name: getattr(self, name)
+            for name in ("alpha", "beta", "form", "gamma", "dpop_lambda")
+            if getattr(self, name) is not None
+        }
+        self.hyperparameters = objectives.resolve(self.objective, given)
+        if self.precompute_ref_logps and not self.needs_reference:
+            raise ValueError(
+                f"precompute_ref_logps=True, but {self.objective} has no reference model; set precompute_ref_logps=False"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return objectives.REGISTRY[self.objective].reference
+
+
+def own_fields() -> list[str]:
+    """Names of the fields that SynPOConfig adds to TrainingArguments."""
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    return [f.name for f in dataclasses.fields(SynPOConfig) if f.name not in inherited]

@@ -1,0 +1,108 @@
+"""What a run tells about itself: metrics of pairs, their means, and the margin's change with its confidence interval."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from synpo_kernels import PreferenceOutput
+from torch import Tensor
+
+from .config import SynPOConfig
+
+
+def pair_metrics(output: PreferenceOutput, args: SynPOConfig) -> dict[str, Tensor]:
+    """Metrics of the pairs of a pass, each (b,), on the device of the output.
+
+    For synpo also, with u = alpha (r+ - r-) and s = rank'(u), in closed form (METHOD of arXiv 2506.00835; L1 norms over tokens of dL/dl):
+    saturation = 1 - |s| / max |s| (0: full slope, 1: the pair moves nothing any more) and grad_share/*, the shares of |s| alpha r+
+    (chosen), |s| alpha r- (rejected) and beta q+ (language) in their sum.
+    """
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "logps/chosen": output.chosen_logps,
+        "logps/rejected": output.rejected_logps,
+        "probs/language": output.language,
+    }
+    if args.objective == "synpo":
+        alpha, beta = float(args.hyperparameters["alpha"]), float(args.hyperparameters["beta"])
+        rest = (-alpha * (chosen - rejected)).sigmoid()
+        slope, steepest = (rest * (1 - rest), 0.25) if args.hyperparameters["form"] == "sigmoid" else (rest, 1.0)
+        parts = {
+            "chosen": slope * alpha * chosen,
+            "rejected": slope * alpha * rejected,
+            "language": beta * output.language,
+        }
+        total = torch.stack(list(parts.values())).sum(0).clamp(min=torch.finfo(chosen.dtype).tiny)
+        metrics["saturation"] = 1 - slope / steepest
+        metrics |= {f"grad_share/{name}": part / total for name, part in parts.items()}
+    return metrics
+
+
+class RunningMeans:
+    """Means of metrics over pairs, kept on the device; reading them is the only wait for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.pairs = 0
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add a pass of b pairs: its mean loss, and metrics (b,)."""
+        pairs = len(metrics["rewards/chosen"])
+        for name, value in {"loss": loss.detach() * pairs, **{k: v.sum() for k, v in metrics.items()}}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.pairs += pairs
+
+    def read(self, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[int, dict[str, float]]:
+        """The number of pairs and their means since the last reading, after which both start anew.
+
+        reduce: sums a tensor over processes.
+        """
+        if not self.pairs:
+            return 0, {}
+        device = self.sums["loss"].device
+        values = torch.stack([torch.tensor(float(self.pairs), device=device), *self.sums.values()])
+        pairs, *sums = (values if reduce is None else reduce(values)).tolist()
+        means = {name: value / pairs for name, value in zip(self.sums, sums, strict=True)}
+        self.sums, self.pairs = {}, 0
+        return int(pairs), means
+
+
+class Change(NamedTuple):
+    """A mean change with the ends of its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> Change:
+    """Percentile bootstrap of mean(after - before) over pairs, 95 %: pairs are drawn with replacement, each with both its values.
+
+    Errors: ValueError for different lengths, no pair, or a value that is not finite (position named).
+    """
+    if len(before) != len(after) or not len(before):
+        raise ValueError(
+            f"before has {len(before)} values and after {len(after)}; the same pairs, at least one, are needed in both"
+        )
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(difference))
+    if bad.size:
+        raise ValueError(f"pair {bad[0]}: before {before[bad[0]]}, after {after[bad[0]]}; finite values are needed")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, 10_000_000 // len(difference))  # keeps a draw of indices under 80 MB
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        means[start : start + count] = difference[
+            generator.integers(len(difference), size=(count, len(difference)))
+        ].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Change(math.fsum(difference) / len(difference), float(low), float(high))

@@ -1,0 +1,129 @@
+"""Models: loading, adapters, and the hand-over of lm_head to a loss that needs no logits."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def lora_recipe(
+    r: int = 128, alpha: float = 64, dropout: float = 0.05, targets: tuple[str, ...] | str = LORA_TARGETS
+) -> LoraConfig:
+    """The SynPO release's LoRA: rank 128, alpha 64, dropout 0.05 on all projections of attention and MLP."""
+    targets = targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _location(name: str) -> tuple[str, dict[str, str]]:
+    """from_pretrained's arguments for a hub name, a folder, a .gguf file, or a folder whose only model is one .gguf file."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"model {name!r}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith((".", "~")):
+            raise FileNotFoundError(f"model {name!r}: no such folder")
+        return name, {}
+    if (path / "config.json").exists():
+        return str(path), {}
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"model {name!r}: a config.json or exactly one .gguf file is needed in the folder, found {len(found)} .gguf files"
+        )
+    return str(path), {"gguf_file": found[0].name}
+
+
+def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """A causal language model by name or path; dtype None: float32 on a machine without an accelerator, else the checkpoint's own."""
+    where, options = _location(name)
+    if dtype is None:
+        dtype = "auto" if torch.accelerator.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    if "gguf_file" in options:
+        # The weights were dequantised while loading; the marks of their former format would forbid training them.
+        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
+            model.__dict__.pop(mark, None)
+        model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model's name or path."""
+    where, options = _location(name)
+    return AutoTokenizer.from_pretrained(where, **options)
+
+
+class Head(NamedTuple):
+    """lm_head, and what the model does to its logits afterwards."""
+
+    module: nn.Linear
+    logit_scale: float
+    softcap: float | None
+    owners: tuple[tuple[Any, str, float | None], ...]  # (object, attribute, value that switches it off)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft model; the model itself where there is no adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def find_head(model: nn.Module) -> Head:
+    """The output layer of a causal language model.
+
+    Errors: ValueError where there is none, or where an adapter or a trainable copy sits on it: the loss reads lm_head's own weight.
+    """
+    base = base_model(model)
+    if not hasattr(base, "get_output_embeddings") or (module := base.get_output_embeddings()) is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings; a causal language model is needed")
+    name = next((name for name, m in base.named_modules() if m is module), "lm_head")
+    if type(module) is not nn.Linear:
+        raise ValueError(
+            f"{name} is a {type(module).__module__}.{type(module).__qualname__}: an adapter, a modules_to_save copy or a quantised layer on the "
+            f"output layer is not supported; take {name} out of target_modules and modules_to_save, or set fused=False"
+        )
+    config = base.config.get_text_config()
+    owners: list[tuple[Any, str, float | None]] = []
+    scale, softcap = 1.0, None
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        softcap = float(config.final_logit_softcapping)
+        owners.append((config, "final_logit_softcapping", None))
+    if isinstance(getattr(base, "logit_scale", None), float | int):
+        scale = float(base.logit_scale)
+        owners.append((base, "logit_scale", 1.0))
+    if getattr(config, "logits_scaling", None) is not None:
+        scale /= float(config.logits_scaling)
+        owners.append((config, "logits_scaling", 1.0))
+    return Head(module, scale, softcap, tuple(owners))
+
+
+@contextmanager
+def head_replaced(head: Head, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the model's forward returns compute(hidden (R, T, H)) as its logits, unscaled.
+
+    The model is still called through whatever wraps it, so the hooks of DDP, FSDP and ZeRO run, and the result reaches the
+    loss through the model's own output, where they expect it.
+    """
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in head.owners]
+    module = head.module
+    previous = module.__dict__.get("forward")
+    module.forward = compute
+    for owner, name, neutral in head.owners:
+        setattr(owner, name, neutral)
+    try:
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
