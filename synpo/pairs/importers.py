@@ -120,7 +120,7 @@ def _normalise(columns: Record, where: str, format: PairFormat) -> Record:
     try:
         return normalise_pair(columns, where)
     except PairError as error:
-        if error.column not in format.file_columns:
+        if error.column is None or error.column not in format.file_columns:
             raise
         raise PairError(where, format.file_columns[error.column], error.problem) from None
 
