@@ -1,0 +1,30 @@
+"""Builds csrc into synpo_kernels/_C*.so; without a compiler, or without torch beside setuptools, installs without it."""
+
+import platform
+import sys
+import warnings
+from glob import glob
+
+from setuptools import Extension, setup
+
+extensions = []
+try:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    # Only torch's stable ABI (2.10 and later) and no Python symbols: one binary for every torch and Python.
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    extensions = [
+        Extension(
+            "synpo_kernels._C",
+            sources=["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=glob("csrc/cpu/*.h"),
+            include_dirs=["csrc", *include_paths()],
+            extra_compile_args=flags,
+            libraries=["torch_cpu", "c10"],
+            library_dirs=library_paths(),
+            optional=True,
+        )
+    ]
+except ImportError:
+    warnings.warn("torch is not importable here: installing without the C++ kernels", stacklevel=1)
+setup(ext_modules=extensions)
