@@ -111,8 +111,8 @@ def table(rows: list[Row]) -> str:
         out.append("")
     out.append(
         "GEMM is the plain product hidden @ weight.T in the same dtype, timed between the rounds. The head is 2 to\n"
-        "8 % of the arithmetic of an 8B model's step (V 32k to 152k), so a faster loss alone moves such a step by a few\n"
-        "percent; its memory is what shows end to end."
+        "8 % of the arithmetic of an 8B model's step (V 32k to 152k), so a faster loss alone moves such a step by a\n"
+        "few percent; its memory is what shows end to end."
     )
     return "\n".join(out)
 
