@@ -1,7 +1,7 @@
 """Fused kernels for preference training: per-token log-probs and preference losses without full-vocabulary logits."""
 
-from . import objectives
+from . import native, objectives
 from .linear_logps import linear_logps
 from .pair_loss import FusedPreferenceLoss, FusedSynPOLoss, PreferenceOutput
 
-__all__ = ["FusedPreferenceLoss", "FusedSynPOLoss", "PreferenceOutput", "linear_logps", "objectives"]
+__all__ = ["FusedPreferenceLoss", "FusedSynPOLoss", "PreferenceOutput", "linear_logps", "native", "objectives"]
