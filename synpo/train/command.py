@@ -1,0 +1,201 @@
+"""`synpo train`: from a file of pairs to an adapter, with an evaluation before and after."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from datasets import Dataset
+from transformers import HfArgumentParser, set_seed
+
+from ..pairs import apply_filters, load_pairs, split_pairs
+from . import checkpoints
+from .config import SynPOConfig, own_fields
+from .diagnostics import Change, paired_bootstrap
+from .model import LORA_TARGETS, load_model, load_tokenizer, lora_recipe
+from .trainer import SynPOTrainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class RunConfig:
+    """What `synpo train` needs beside SynPOConfig."""
+
+    model: str = _option("", "Model to train: a hub name, a folder, or a .gguf file. Required.")
+    data: str = _option("", "File or folder of preference pairs (JSONL, JSON, parquet). Required.")
+    eval_data: str = _option("", "Held-out pairs for the evaluation before and after. Default: split off the data.")
+    eval_fraction: float = _option(0.1, "Share of the pairs held out where eval_data is not given; 0: no evaluation.")
+    max_train_pairs: int | None = _option(None, "Train on the first so many pairs only.")
+    max_eval_pairs: int | None = _option(None, "Evaluate the first so many held-out pairs only.")
+    format: str = _option("auto", "Format of the pairs; see docs/data.md.")
+    dtype: str | None = _option(None, "Model weights: auto, float32, bfloat16, float16. Default: float32 on a CPU, else auto.")
+    full: bool = _option(False, "Train all weights rather than a LoRA adapter.")
+    lora_r: int = _option(128, "Rank of the adapter.")
+    lora_alpha: float = _option(64, "Scale of the adapter: its output is multiplied with lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.05, "Dropout before the adapter.")
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the layers that get an adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name} or set it in the config file")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction is {self.eval_fraction}; allowed: 0 (no evaluation) up to, not with, 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for name in ("max_train_pairs", "max_eval_pairs", "lora_r"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it has to be at least 1")
+
+
+def _flags() -> HfArgumentParser:
+    """A flag for every field of RunConfig and SynPOConfig; what is not given stays out of the namespace."""
+    parser = HfArgumentParser((RunConfig, SynPOConfig), allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, and a flag for every option."""
+    parser.usage = "synpo train [--config FILE.yaml] [--name value ...]"
+    parser.add_argument("--config", metavar="FILE.yaml", help="options as YAML, `name: value`; flags win over it")
+    own = {f.name for f in dataclasses.fields(RunConfig)} | set(own_fields())
+    groups = [parser.add_argument_group(title) for title in ("options of synpo", "options of TrainingArguments")]
+    for action in _flags()._actions:
+        groups[action.dest not in own]._add_action(action)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a YAML file, checked and converted as flags are.
+
+    Errors: ValueError for a file that is not YAML, an unknown option (the nearest name is suggested) or a wrong value.
+    """
+    where = f"config {str(path)!r}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds a {type(content).__name__}; lines of `name: value` are needed")
+    parser = _flags()
+    known = {action.dest for action in parser._actions}
+    flags = []
+    for name, value in content.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(f"{where}: there is no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, values)]
+    parser.error = lambda message: _raise(f"{where}: {message}")  # argparse would print its usage and exit
+    return vars(parser.parse_args(flags))
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train, print the held-out metrics before and after, and leave adapter, metrics and options in output_dir."""
+    given = {} if args.config is None else read_config(Path(args.config))
+    given |= {name: value for name, value in vars(args).items() if name not in ("config", "command", "debug")}
+    own = {f.name for f in dataclasses.fields(RunConfig)}
+    run = RunConfig(**{name: value for name, value in given.items() if name in own})
+    config = SynPOConfig(**{name: value for name, value in given.items() if name not in own})
+    resume = _prepare_folder(Path(config.output_dir), given, config.resume_from_checkpoint)
+    train_pairs, eval_pairs = load_data(run)
+
+    set_seed(config.seed)
+    trainer = SynPOTrainer(
+        load_model(run.model, run.dtype),
+        config,
+        train_pairs,
+        eval_pairs,
+        processing_class=load_tokenizer(run.model),
+        peft_config=None if run.full else lora_recipe(run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_targets),
+    )
+    before = _evaluate(trainer, at_start=True) if eval_pairs is not None else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if before is not None and trainer.is_world_process_zero():
+        print(comparison(before, _evaluate(trainer, at_start=False)))
+    logger.info("written to %s", config.output_dir)
+    return 0
+
+
+def load_data(run: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """Train and held-out pairs, filtered; what was dropped is logged."""
+    pairs, report = apply_filters(load_pairs(run.data, run.format))
+    logger.info("%s\n%s", run.data, report)
+    held_out = None
+    if run.eval_data:
+        held_out, report = apply_filters(load_pairs(run.eval_data, run.format))
+        logger.info("%s\n%s", run.eval_data, report)
+    elif run.eval_fraction:
+        pairs, held_out = split_pairs(pairs, run.eval_fraction)
+    if run.max_train_pairs is not None:
+        pairs = pairs.select(range(min(run.max_train_pairs, len(pairs))))
+    if held_out is not None and run.max_eval_pairs is not None:
+        held_out = held_out.select(range(min(run.max_eval_pairs, len(held_out))))
+    logger.info("%d pairs to train on, %d held out", len(pairs), len(held_out or ()))
+    return pairs, held_out
+
+
+def _prepare_folder(folder: Path, given: dict[str, Any], resume: str | None) -> str | bool:
+    """Write the options into output_dir, and say what to resume: a run of the same options goes on where it stopped."""
+    path = folder / CONFIG_FILE
+    given = {name: value for name, value in given.items() if name != "resume_from_checkpoint"}
+    newest = checkpoints.newest_checkpoint(folder)
+    if resume is None and newest is not None and path.exists():
+        former = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in {*former, *given} if former.get(name) != given.get(name))
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds a run with other options ({name}: {former.get(name)} then, {given.get(name)} now); "
+                f"choose another output_dir, or go on with it all the same by --resume_from_checkpoint {shlex.quote(str(newest))}"
+            )
+        logger.info("going on from %s", newest)
+    checkpoints.write_atomically(path, yaml.safe_dump(given, sort_keys=True))
+    return resume or newest is not None
+
+
+def _evaluate(trainer: SynPOTrainer, at_start: bool) -> dict[str, list[float]]:
+    """The held-out pairs' values; those from before the first step are read back when a run is resumed."""
+    name = "before" if at_start else "after"
+    path = trainer.pairs_file(name, 0 if at_start else trainer.state.global_step)
+    if not (at_start and path.exists()):
+        trainer.evaluate(metric_key_prefix=name)
+    records = checkpoints.read_json_lines(path)
+    return {column: [record[column] for record in records] for column in records[0]}
+
+
+def comparison(before: dict[str, list[float]], after: dict[str, list[float]]) -> str:
+    """Means before and after, and their change with its 95 % interval over pairs, as a table."""
+    lines = [f"{'held-out pairs: ' + str(len(before['index'])):<22}{'before':>10}{'after':>10}{'change':>10}   95 % interval"]
+    for name in [name for name in before if name != "index"]:
+        change: Change = paired_bootstrap(before[name], after[name])
+        means = (sum(values[name]) / len(values[name]) for values in (before, after))
+        cells = "".join(f"{value:>10.4f}" for value in (*means, change.mean))
+        lines.append(f"{name:<22}{cells}   [{change.low:+.4f}, {change.high:+.4f}]")
+    return "\n".join(lines)
