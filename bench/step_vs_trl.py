@@ -69,6 +69,7 @@ def trainer_for(
     shared: dict[str, Any] = {
         "output_dir": output_dir,
         "per_device_train_batch_size": args.batch,
+        "gradient_accumulation_steps": 1,
         "max_steps": args.steps + 1,
         "max_length": args.max_length,
         "learning_rate": 5e-6,
@@ -113,9 +114,9 @@ def trainer_for(
 
 
 def _count_tokens(batch: dict[str, Any]) -> tuple[int, int]:
-    """Tokens in the sequences and in the answers of a collated batch, whichever trainer's: 0 where its layout does
-    not say.
-    """
+    """Tokens in the sequences and in the answers of a collated batch, whichever trainer's it is."""
+    if "passes" in batch:
+        return tuple(map(sum, zip(*map(_count_tokens, batch["passes"]), strict=True)))
     masks = [v for k, v in batch.items() if k in ("attention_mask", "chosen_attention_mask", "rejected_attention_mask")]
     if "completion_mask" in batch:
         answers = int(batch["completion_mask"].sum())

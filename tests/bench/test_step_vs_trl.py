@@ -39,7 +39,7 @@ def test_pairs_are_cut_to_one_length_and_short_ones_left_out(tmp_path):
         step_vs_trl.equal_pairs(path, Words(), max_length=64, count=2)
 
 
-def test_tokens_are_counted_in_either_layout_of_a_batch():
+def test_tokens_are_counted_in_every_layout_of_a_batch():
     ones = torch.ones(4, 6, dtype=torch.long)
     trl_dpo = {"attention_mask": ones, "completion_mask": ones.tril()}
     labels = torch.where(ones.tril() == 1, 5, -100)
@@ -47,4 +47,6 @@ def test_tokens_are_counted_in_either_layout_of_a_batch():
         "chosen_attention_mask": ones[:2], "rejected_attention_mask": ones[2:], "prompt_attention_mask": ones,
         "chosen_labels": labels[:2], "rejected_labels": labels[2:],
     }  # fmt: skip
+    ours = {"passes": [{"attention_mask": ones[at], "labels": labels[at]} for at in (slice(2), slice(2, 4))]}
+    assert step_vs_trl._count_tokens(ours) == (24, 10)
     assert step_vs_trl._count_tokens(trl_dpo) == step_vs_trl._count_tokens(trl_cpo) == (24, 10)
