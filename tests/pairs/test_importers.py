@@ -194,10 +194,10 @@ def test_byte_order_mark_and_blank_lines(tmp_path):
     ],
 )
 def test_a_record_unlike_the_first(tmp_path, second, column, words):
-    file = write(tmp_path / "p.jsonl", PLAIN, second)
+    file = write(tmp_path / "p.jsonl", PLAIN, PLAIN, second)
     with pytest.raises(PairError) as caught:
         load_pairs(file)
-    assert (caught.value.where, caught.value.column) == (f"{file}:2", column)
+    assert (caught.value.where, caught.value.column) == (f"{file}:3", column)
     assert words in str(caught.value)
     if column == "prompt":
         assert f"plain at {file}:1" in str(caught.value)
@@ -297,11 +297,12 @@ def test_as_pairs_takes_a_dataset_in_memory():
         as_pairs(datasets.DatasetDict({"train": pairs}))
 
 
-def test_encoded_images_stay_encoded(tmp_path):
-    rows = {key: [value] for key, value in PLAIN.items()} | {"images": [[{"bytes": b"png", "path": "a.png"}]]}
-    features = datasets.Features(
-        {key: datasets.Value("string") for key in PLAIN} | {"images": datasets.List(datasets.Image())}
-    )
+@pytest.mark.parametrize("one_a_row", [True, False])
+def test_encoded_images_stay_encoded(tmp_path, one_a_row):
+    image = {"bytes": b"png", "path": "a.png"}
+    rows = {key: [value] for key, value in PLAIN.items()} | {"images": [image if one_a_row else [image]]}
+    feature = datasets.Image() if one_a_row else datasets.List(datasets.Image())
+    features = datasets.Features({key: datasets.Value("string") for key in PLAIN} | {"images": feature})
     stored = Dataset.from_dict(rows, features=features)
     stored.to_parquet(tmp_path / "p.parquet")
     for pairs in (as_pairs(stored), load_pairs(tmp_path / "p.parquet")):
