@@ -10,7 +10,9 @@ import torch
 import synpo_kernels
 
 REQUIRED = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
-OPTIONAL = ("flash-attn", "liger-kernel", "cut-cross-entropy", "bitsandbytes", "deepspeed", "pycocoevalcap", "ray", "trl")
+OPTIONAL = (
+    "flash-attn", "liger-kernel", "cut-cross-entropy", "bitsandbytes", "deepspeed", "pycocoevalcap", "ray", "trl",
+)  # fmt: skip
 
 
 def _version(name: str) -> str | None:
@@ -42,10 +44,11 @@ def _devices() -> list[str]:
 
 def report() -> dict[str, str]:
     """Name -> value of everything worth knowing when a run behaves unexpectedly."""
+    threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     lines = {
         "synpo": _version("synpo") or "not installed, run from a checkout",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "processor": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{os.cpu_count()} cores, {threads}",
     }
     lines |= {f"gpu {index}": device for index, device in enumerate(_devices())} or {"gpu": "none"}
     lines["cpu kernels"] = _native_kernels()

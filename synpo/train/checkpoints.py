@@ -1,14 +1,22 @@
-"""Files of a run: checkpoints that are whole or absent, and JSON lines that agree with them after a resume."""
+"""Checkpoints that are whole or absent, and runs that go on from them exactly."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
+from .run_files import rewind_json_lines, sync
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "synpo_state.json"
 TRAINER_STATE = "trainer_state.json"
 SAVING = ".saving"  # folder in output_dir where a checkpoint grows before it is renamed into place
 
@@ -26,67 +34,106 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder holds the last file of a save, readable and of the step that its name says."""
+    """Whether a folder holds a finished save: its state, readable, and of the step that the folder's name says."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
     return state.global_step == step_of(checkpoint)
 
 
-def publish(partial: Path, final: Path) -> None:
-    """Move a finished checkpoint into place in one rename, its files on disk first."""
+class ResumableTrainer(Trainer):
+    """transformers.Trainer whose checkpoints appear by one rename, and whose counters and metrics file resume with
+    them.
+    """
+
+    nonfinite_steps = 0
+    num_tokens = 0  # of this process
+    _saving_to: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train; True or a folder resumes from the newest complete checkpoint in output_dir, or from that one.
+
+        Errors: ValueError where there is no complete checkpoint to resume from.
+        """
+        if not resume_from_checkpoint:
+            return super().train(**options)
+        checkpoint = self._resolve(resume_from_checkpoint)
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        self.nonfinite_steps = state["nonfinite_steps"]
+        tokens = state["num_tokens"]
+        # With another number of processes than before, the total stays right.
+        self.num_tokens = tokens[self.args.process_index] if len(tokens) == self.args.world_size else (
+            sum(tokens) if self.args.process_index == 0 else 0
+        )  # fmt: skip
+        if self.is_world_process_zero():
+            rewind_json_lines(Path(self.args.output_dir, METRICS_FILE), step_of(checkpoint))
+        return super().train(resume_from_checkpoint=str(checkpoint), **options)
+
+    def _resolve(self, wanted: str | bool) -> Path:
+        if wanted is True:
+            found = newest_checkpoint(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"output_dir {self.args.output_dir!r} has no complete checkpoint to resume from")
+            return found
+        if not is_complete(Path(wanted)):
+            raise ValueError(f"resume_from_checkpoint {wanted!r} is not a complete checkpoint folder")
+        return Path(wanted)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._saving_to is None else str(self._saving_to)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a folder beside the checkpoints, and rename it into place once everything is on disk."""
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        saving = run_dir / SAVING
+        best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            shutil.rmtree(saving, ignore_errors=True)  # left by a run that was killed while it saved
+        self.accelerator.wait_for_everyone()
+        self._saving_to = saving
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_to = None
+        tokens = self.accelerator.gather(torch.tensor([self.num_tokens], device=self.args.device)).tolist()
+        if self.state.best_global_step:
+            candidate = run_dir / f"checkpoint-{self.state.best_global_step}"
+            best = str(candidate) if candidate.name == name or candidate.exists() else best
+        self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            counters = {"nonfinite_steps": self.nonfinite_steps, "num_tokens": tokens}
+            (saving / name / STATE_FILE).write_text(json.dumps(counters), encoding="utf-8")
+            self.state.save_to_json(str(saving / name / TRAINER_STATE))
+            _publish(saving / name, run_dir / name)
+            saving.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=best,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model and the tokenizer; the options as JSON, not as the pickle that transformers writes."""
+        with warnings.catch_warnings():
+            # A gguf folder has no config.json for peft to compare vocabularies with.
+            warnings.filterwarnings("ignore", message="Could not find a config file in")
+            super()._save(output_dir, state_dict)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+
+def _publish(partial: Path, final: Path) -> None:
     for file in partial.rglob("*"):
         if file.is_file():
-            _sync(file)
-    if final.exists():  # the same step saved before: by an earlier run in this folder, or by the run that is resumed
+            sync(file)
+    if final.exists():  # this step was saved before, by the run that is resumed from an earlier checkpoint
         shutil.rmtree(final)
     os.replace(partial, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record as a line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file; a last line that a crash cut off is left out."""
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from None
-    return records
-
-
-def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as lines of JSON, atomically."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def rewind_json_lines(path: Path, step: int) -> None:
-    """Drop the records of steps after ``step``: a run resumed there writes them again."""
-    if path.exists():
-        write_json_lines(path, (record for record in read_json_lines(path) if record["step"] <= step))
+    sync(final.parent)

@@ -1,170 +1,23 @@
-"""Pairs as token ids, and micro-batches of them as passes through the model.
+"""Tokenised pairs as a dataset, and micro-batches of them as passes through the model.
 
-A sequence is prompt + answer. Its answer tokens at positions p..n-1 are predicted by the hidden states at p-1..n-2, so every pass carries
-the flat positions of those hidden states and the tokens they predict, already aligned.
+The answer tokens of a sequence of n tokens with a prompt of p stand at p..n-1 and are predicted by the hidden states at
+p-1..n-2, so every pass carries the flat positions of those hidden states and the tokens they predict, already aligned.
 """
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from .tokenise import COLUMNS, Pair, PairTokenizer
 
 logger = logging.getLogger(__name__)
-
-_MEDIA = ("images", "videos")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One tokenised pair; ids are 1-D int64 tensors. The prompt is the same for both answers; answers end in their end token."""
-
-    index: int  # row of the dataset the pair came from
-    prompt: Tensor
-    chosen: Tensor
-    rejected: Tensor
-
-    def length(self) -> int:
-        """Tokens of the longer sequence."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-class PairTokenizer:
-    """Turns rows with the columns prompt, chosen and rejected into Pairs, and counts what it changed.
-
-    Strings are concatenated: prompt (with the tokenizer's start token) + answer + end token. Conversations go through the chat
-    template. The answer is tokenised by itself, so no merge reaches across the boundary and the prompt's tokens are those that
-    generation would see. Where max_length is passed, truncation "cut" shortens the prompt from the left (a start token stays) down to a
-    quarter of max_length and then the longer answers before their end token; "drop" drops the pair; "error" raises ValueError.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("processing_class has no eos_token; set one, answers have to end in it")
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.truncation = truncation
-        self.counts: Counter[str] = Counter()
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> Pair | None:
-        """The pair of a row, or None where truncation="drop" drops it. Errors: ValueError naming the row and the column."""
-        where = f"{row.get('source') or f'row {index}'}"
-        missing = [column for column in ("prompt", "chosen", "rejected") if row.get(column) is None]
-        if missing:
-            raise ValueError(f"{where}: column {missing[0]!r} is missing; needed are prompt, chosen and rejected")
-        if any(row.get(column) for column in _MEDIA):
-            raise ValueError(f"{where}: has images or videos; this trainer takes text pairs only, remove them")
-        prompt_text, answers = self._texts(row, where)
-        prompt = self._ids(prompt_text, special=isinstance(row["prompt"], str))
-        if not prompt:
-            raise ValueError(f"{where}: column 'prompt' has no tokens; the first answer token needs one before it")
-        chosen, rejected = (
-            self._answer(text, where, column) for text, column in zip(answers, ("chosen", "rejected"), strict=True)
-        )
-        fitted = self._fit(prompt, chosen, rejected, where)
-        return None if fitted is None else Pair(index, *(torch.tensor(ids) for ids in fitted))
-
-    def _texts(self, row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            for column in ("chosen", "rejected"):
-                if not isinstance(row[column], str):
-                    raise ValueError(
-                        f"{where}: prompt is a string but {column} is a {type(row[column]).__name__}; give strings or conversations"
-                    )
-            return prompt, [row["chosen"], row["rejected"]]
-        prompt = [_text_message(message, where, "prompt") for message in prompt]
-        answers = [_answer_message(row[column], where, column) for column in ("chosen", "rejected")]
-        if self.tokenizer.chat_template is None:
-            if len(prompt) > 1:
-                raise ValueError(
-                    f"{where}: the prompt has {len(prompt)} messages but the tokenizer no chat template; set one"
-                )
-            self.counts["joined without a chat template"] += 1
-            return (self.tokenizer.bos_token or "") + prompt[0]["content"], [answer["content"] for answer in answers]
-        head = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        tails = []
-        for answer, column in zip(answers, ("chosen", "rejected"), strict=True):
-            whole = self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-            if not whole.startswith(head):
-                raise ValueError(
-                    f"{where}: the chat template renders the prompt differently once the {column} answer follows, so it cannot be split; "
-                    "use a template whose generation prompt begins the assistant's turn"
-                )
-            tails.append(whole[len(head) :])
-        return head, tails
-
-    def _ids(self, text: str, special: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids[:-1] if special and ids and ids[-1] == self.tokenizer.eos_token_id else ids
-
-    def _answer(self, text: str, where: str, column: str) -> list[int]:
-        """Ids up to and with the end of the turn: the template's own end token where it renders one, eos otherwise."""
-        ids = self._ids(text, special=False)
-        if not text.strip() or not ids:
-            raise ValueError(f"{where}: column {column!r} is an empty answer; remove the pair")
-        last = max((at for at, token in enumerate(ids) if token in self._specials), default=-1)
-        if last >= 0 and not self.tokenizer.decode(ids[last + 1 :]).strip():
-            return ids[: last + 1]
-        return [*ids, self.tokenizer.eos_token_id]
-
-    @property
-    def _specials(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids)
-
-    def _fit(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], where: str
-    ) -> tuple[list[int], list[int], list[int]] | None:
-        longest = max(len(chosen), len(rejected))
-        if len(prompt) + longest <= self.max_length:
-            return prompt, chosen, rejected
-        if self.truncation == "error":
-            raise ValueError(
-                f"{where}: {len(prompt) + longest} tokens, max_length is {self.max_length}; raise it or set truncation to cut or drop"
-            )
-        if self.truncation == "drop":
-            self.counts["dropped, longer than max_length"] += 1
-            return None
-        kept = max(self.max_length - longest, min(len(prompt), self.max_length // 4))
-        if kept < len(prompt):
-            self.counts["prompts cut"] += 1
-            start = [prompt[0]] if prompt[0] == self.tokenizer.bos_token_id else []
-            prompt = start + prompt[len(prompt) - kept + len(start) :]
-        room = self.max_length - len(prompt)
-        cut = []
-        for answer in (chosen, rejected):
-            if len(answer) > room:
-                self.counts["answers cut"] += 1
-                answer = [*answer[: room - 1], answer[-1]]
-            cut.append(answer)
-        return prompt, *cut
-
-
-def _text_message(message: Mapping[str, Any], where: str, column: str) -> dict[str, str]:
-    content = message["content"]
-    if not isinstance(content, str):
-        kinds = {part.get("type") for part in content} - {"text"}
-        if kinds:
-            raise ValueError(
-                f"{where}: column {column!r} has a part of type {sorted(map(str, kinds))[0]!r}; this trainer takes text only"
-            )
-        content = "".join(part["text"] for part in content)
-    return {"role": message["role"], "content": content}
-
-
-def _answer_message(answer: Any, where: str, column: str) -> dict[str, str]:
-    if isinstance(answer, str):
-        raise ValueError(f"{where}: prompt is a conversation but {column} is a string; give strings or conversations")
-    if len(answer) != 1:
-        raise ValueError(f"{where}: column {column!r} has {len(answer)} messages; an answer is one assistant message")
-    return _text_message(answer[0], where, column)
 
 
 class PairDataset(Dataset):
@@ -172,12 +25,13 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
         tokenizer: PairTokenizer,
         name: str,
         min_score_gap: float | None = None,
     ) -> None:
-        """Errors: ValueError for a bad row (named) and for a dataset of which no pair is left."""
+        """Errors: TypeError for a stream, ValueError for a bad row (named) and where no pair is left."""
+        _require_columns(rows, name)
         tokenizer.counts.clear()
         self.pairs: list[Pair] = []
         for index, row in enumerate(
@@ -204,6 +58,38 @@ class PairDataset(Dataset):
         return [pair.length() for pair in self.pairs]
 
 
+def _require_columns(rows: Any, name: str) -> None:
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise TypeError(
+            f"{name} dataset is a {type(rows).__name__}; rows with a length are needed (a list or datasets.Dataset), "
+            "not a stream"
+        )
+    columns = getattr(rows, "column_names", None)
+    missing = [column for column in COLUMNS if columns is not None and column not in columns]
+    if missing:
+        raise ValueError(f"{name} dataset has no column {missing[0]!r}; its columns are {', '.join(columns)}")
+
+
+class LengthGrouped(Sampler[int]):
+    """Pairs of like length near each other, in an order that depends on the seed and the epoch alone (so runs
+    resume).
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 def _score_gap_fails(row: Mapping[str, Any], least: float) -> str:
     """Why a row does not have the score gap asked for; empty where it has."""
     if row.get("score_chosen") is None or row.get("score_rejected") is None:
@@ -214,11 +100,11 @@ def _score_gap_fails(row: Mapping[str, Any], least: float) -> str:
 class PairCollator:
     """A list of Pairs -> {"passes": [...], "pairs": B}: consecutive pairs, as many to a pass as tokens_per_pass allows.
 
-    A pass of b pairs is a dict: input_ids, attention_mask (2b, T) int64, right-padded, chosen rows first and then their rejected;
-    positions (N,) int64, flat indices into (2b*T) of the hidden states that predict answer tokens; labels (N,) int64, those tokens;
-    cu_seqlens (2b+1,) int32, boundaries of the sequences in both; indices, tokens: the pairs' rows in the dataset, and the number of
-    tokens without padding. ``references``, where set, maps sequence_key to the reference's summed log-prob and adds ref_logps (2b,)
-    float32.
+    A pass of b pairs is a dict: input_ids, attention_mask (2b, T) int64, right-padded, chosen rows first and then
+    their rejected; positions (N,) int64, flat indices into (2b*T) of the hidden states that predict answer tokens;
+    labels (N,) int64, those tokens; cu_seqlens (2b+1,) int32, boundaries of the sequences in both; indices, tokens:
+    the pairs' rows in the dataset, and the number of tokens without padding. ``references``, where set, maps
+    sequence_key to the reference's summed log-prob and adds ref_logps (2b,) float32.
     """
 
     def __init__(self, pad_token_id: int, tokens_per_pass: int | None = None) -> None:
@@ -260,7 +146,13 @@ class PairCollator:
             "tokens": int(attention_mask.sum()),
         }
         if self.references is not None:
-            batch["ref_logps"] = torch.tensor([self.references[sequence_key(*row)] for row in rows])
+            try:
+                batch["ref_logps"] = torch.tensor([self.references[sequence_key(*row)] for row in rows])
+            except KeyError:
+                raise ValueError(
+                    f"rows {batch['indices']} have no precomputed reference log-probs; give their dataset to the "
+                    "trainer's constructor"
+                ) from None
         return batch
 
 

@@ -6,20 +6,22 @@ import difflib
 import json
 import logging
 import shlex
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from ..pairs import apply_filters, load_pairs, split_pairs
 from . import checkpoints
 from .config import SynPOConfig, own_fields
 from .diagnostics import Change, paired_bootstrap
 from .model import LORA_TARGETS, load_model, load_tokenizer, lora_recipe
-from .trainer import SynPOTrainer
+from .run_files import read_json_lines, write_atomically
+from .trainer import PAIRS_FOLDER, SynPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,9 @@ class RunConfig:
     max_train_pairs: int | None = _option(None, "Train on the first so many pairs only.")
     max_eval_pairs: int | None = _option(None, "Evaluate the first so many held-out pairs only.")
     format: str = _option("auto", "Format of the pairs; see docs/data.md.")
-    dtype: str | None = _option(None, "Model weights: auto, float32, bfloat16, float16. Default: float32 on a CPU, else auto.")
+    dtype: str | None = _option(
+        None, "Model weights: float32, bfloat16, float16, auto. Default: float32 on a CPU, else auto."
+    )
     full: bool = _option(False, "Train all weights rather than a LoRA adapter.")
     lora_r: int = _option(128, "Rank of the adapter.")
     lora_alpha: float = _option(64, "Scale of the adapter: its output is multiplied with lora_alpha / lora_r.")
@@ -125,7 +129,6 @@ def main(args: argparse.Namespace) -> int:
     resume = _prepare_folder(Path(config.output_dir), given, config.resume_from_checkpoint)
     train_pairs, eval_pairs = load_data(run)
 
-    set_seed(config.seed)
     trainer = SynPOTrainer(
         load_model(run.model, run.dtype),
         config,
@@ -134,11 +137,13 @@ def main(args: argparse.Namespace) -> int:
         processing_class=load_tokenizer(run.model),
         peft_config=None if run.full else lora_recipe(run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_targets),
     )
-    before = _evaluate(trainer, at_start=True) if eval_pairs is not None else None
+    before = None if eval_pairs is None else _evaluate(trainer, 0)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    if before is not None and trainer.is_world_process_zero():
-        print(comparison(before, _evaluate(trainer, at_start=False)))
+    if before is not None:
+        after = _evaluate(trainer, trainer.state.global_step)
+        if trainer.is_world_process_zero():
+            print(comparison(before, after))
     logger.info("written to %s", config.output_dir)
     return 0
 
@@ -172,27 +177,32 @@ def _prepare_folder(folder: Path, given: dict[str, Any], resume: str | None) -> 
         if changed:
             name = changed[0]
             raise ValueError(
-                f"output_dir {str(folder)!r} holds a run with other options ({name}: {former.get(name)} then, {given.get(name)} now); "
-                f"choose another output_dir, or go on with it all the same by --resume_from_checkpoint {shlex.quote(str(newest))}"
+                f"output_dir {str(folder)!r} holds a run with other options ({name}: {former.get(name)} then, "
+                f"{given.get(name)} now); choose another output_dir, or go on with that run all the same: "
+                f"--resume_from_checkpoint {shlex.quote(str(newest))}"
             )
         logger.info("going on from %s", newest)
-    checkpoints.write_atomically(path, yaml.safe_dump(given, sort_keys=True))
+    elif resume is None:
+        (folder / checkpoints.METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        shutil.rmtree(folder / PAIRS_FOLDER, ignore_errors=True)
+    write_atomically(path, yaml.safe_dump(given, sort_keys=True))
     return resume or newest is not None
 
 
-def _evaluate(trainer: SynPOTrainer, at_start: bool) -> dict[str, list[float]]:
-    """The held-out pairs' values; those from before the first step are read back when a run is resumed."""
-    name = "before" if at_start else "after"
-    path = trainer.pairs_file(name, 0 if at_start else trainer.state.global_step)
-    if not (at_start and path.exists()):
-        trainer.evaluate(metric_key_prefix=name)
-    records = checkpoints.read_json_lines(path)
+def _evaluate(trainer: SynPOTrainer, step: int) -> dict[str, list[float]]:
+    """The held-out pairs' values at a step, from the file that an evaluation there has left, or from one made now."""
+    path = trainer.pairs_file("eval", step)
+    if not path.exists():
+        trainer.evaluate()
+        trainer.accelerator.wait_for_everyone()
+    records = read_json_lines(path)
     return {column: [record[column] for record in records] for column in records[0]}
 
 
 def comparison(before: dict[str, list[float]], after: dict[str, list[float]]) -> str:
     """Means before and after, and their change with its 95 % interval over pairs, as a table."""
-    lines = [f"{'held-out pairs: ' + str(len(before['index'])):<22}{'before':>10}{'after':>10}{'change':>10}   95 % interval"]
+    title = f"held-out pairs: {len(before['index'])}"
+    lines = [f"{title:<22}{'before':>10}{'after':>10}{'change':>10}   95 % interval"]
     for name in [name for name in before if name != "index"]:
         change: Change = paired_bootstrap(before[name], after[name])
         means = (sum(values[name]) / len(values[name]) for values in (before, after))

@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from synpo_kernels import objectives
 from transformers import TrainingArguments
+
+from synpo_kernels import objectives
 
 TRUNCATIONS = ("cut", "drop", "error")
 
@@ -18,8 +19,8 @@ def _option(default: Any, meaning: str) -> Any:
 class SynPOConfig(TrainingArguments):
     """Options of a run: those of TrainingArguments and the ones below.
 
-    Some defaults of TrainingArguments are the SynPO release's recipe instead (arXiv 2506.00835): learning rate 5e-6 with
-    10 % warm-up and linear decay, one pair per forward pass, 32 pairs per optimizer step, five epochs.
+    Some defaults of TrainingArguments are the SynPO release's recipe instead (arXiv 2506.00835): learning rate 5e-6
+    with 10 % warm-up and linear decay, one pair per forward pass, 32 pairs per optimizer step, five epochs.
 
     Errors: ValueError naming the field, the value given and what is allowed.
     """
@@ -72,7 +73,9 @@ class SynPOConfig(TrainingArguments):
         False, "Kept off: non-finite losses are counted and logged, never averaged out."
     )
     remove_unused_columns: bool = _option(False, "Kept off: columns are chosen by name when pairs are tokenised.")
-    report_to: None | str | list[str] = _option("none", "Integrations that logs go to beside metrics.jsonl.")
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "Integrations that logs go to beside metrics.jsonl."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +92,11 @@ class SynPOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; it has to be at least 1")
         if self.ref_cache_dir is not None and not self.precompute_ref_logps:
             raise ValueError("ref_cache_dir is set but precompute_ref_logps is off; set precompute_ref_logps=True")
-        for name in ("logging_nan_inf_filter", "remove_unused_columns"):
+        if self.tokens_per_pass is not None and objectives.REGISTRY[self.objective].coupled:
+            raise ValueError(
+                f"tokens_per_pass is set, but {self.objective} couples the pairs of a micro-batch; leave it out"
+            )
+        for name in ("logging_nan_inf_filter", "remove_unused_columns", "bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not supported by SynPOTrainer; leave it out")
         if self.label_smoothing_factor:
@@ -108,7 +115,7 @@ class SynPOConfig(TrainingArguments):
         self.hyperparameters = objectives.resolve(self.objective, given)
         if self.precompute_ref_logps and not self.needs_reference:
             raise ValueError(
-                f"precompute_ref_logps=True, but {self.objective} has no reference model; set precompute_ref_logps=False"
+                f"precompute_ref_logps=True, but {self.objective} has no reference; set precompute_ref_logps=False"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics of pairs, their means, and the margin's change with its confidence interval."""
+"""What a run tells about itself: metrics of pairs, their means, and changes with their confidence intervals."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from synpo_kernels import PreferenceOutput
+from accelerate import Accelerator
 from torch import Tensor
+
+from synpo_kernels import PreferenceOutput
 
 from .config import SynPOConfig
 
@@ -15,9 +17,9 @@ from .config import SynPOConfig
 def pair_metrics(output: PreferenceOutput, args: SynPOConfig) -> dict[str, Tensor]:
     """Metrics of the pairs of a pass, each (b,), on the device of the output.
 
-    For synpo also, with u = alpha (r+ - r-) and s = rank'(u), in closed form (METHOD of arXiv 2506.00835; L1 norms over tokens of dL/dl):
-    saturation = 1 - |s| / max |s| (0: full slope, 1: the pair moves nothing any more) and grad_share/*, the shares of |s| alpha r+
-    (chosen), |s| alpha r- (rejected) and beta q+ (language) in their sum.
+    For synpo also, with u = alpha (r+ - r-) and s = rank'(u), in closed form (METHOD of arXiv 2506.00835; L1 norms
+    over tokens of dL/dl): saturation = 1 - |s| / max |s| (0: full slope, 1: the pair moves nothing any more) and
+    grad_share/*, the shares of |s| alpha r+ (chosen), |s| alpha r- (rejected) and beta q+ (language) in their sum.
     """
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     metrics = {
@@ -42,6 +44,39 @@ def pair_metrics(output: PreferenceOutput, args: SynPOConfig) -> dict[str, Tenso
         metrics["saturation"] = 1 - slope / steepest
         metrics |= {f"grad_share/{name}": part / total for name, part in parts.items()}
     return metrics
+
+
+PAIR_COLUMNS = (
+    "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins", "probs/language",
+)  # fmt: skip
+
+
+class PairTable:
+    """Loss and metrics of single pairs, gathered over an evaluation."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, indices: Sequence[int], loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add a pass of b pairs: their rows in the dataset, their mean loss, and metrics (b,)."""
+        index = torch.tensor(indices, device=loss.device)
+        columns = {"index": index, "loss": loss.detach().expand(len(index)), **metrics}
+        self._names = list(columns)
+        self._rows.append(torch.stack([column.to("cpu", torch.float64) for column in columns.values()], 1))
+
+    def read(self, accelerator: Accelerator) -> dict[str, np.ndarray]:
+        """Columns over the pairs of all processes, in the order of the dataset; a pair seen twice counts once.
+
+        (Distributed samplers repeat pairs to fill the last batch.)
+        """
+        rows = torch.cat(self._rows)
+        if accelerator.num_processes > 1:
+            padded = accelerator.pad_across_processes(rows.to(accelerator.device), pad_index=-1)
+            rows = accelerator.gather(padded).cpu()
+            rows = rows[rows[:, 0] >= 0]
+        _, first = np.unique(rows[:, 0].numpy(), return_index=True)
+        return dict(zip(self._names, rows.numpy()[first].T, strict=True))
 
 
 class RunningMeans:
@@ -84,7 +119,8 @@ class Change(NamedTuple):
 def paired_bootstrap(
     before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> Change:
-    """Percentile bootstrap of mean(after - before) over pairs, 95 %: pairs are drawn with replacement, each with both its values.
+    """Percentile bootstrap of mean(after - before) over pairs, 95 %: pairs are drawn with replacement, each with both
+    its values.
 
     Errors: ValueError for different lengths, no pair, or a value that is not finite (position named).
     """

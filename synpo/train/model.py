@@ -22,7 +22,9 @@ def lora_recipe(
 
 
 def _location(name: str) -> tuple[str, dict[str, str]]:
-    """from_pretrained's arguments for a hub name, a folder, a .gguf file, or a folder whose only model is one .gguf file."""
+    """from_pretrained's arguments for a hub name, a folder, a .gguf file, or a folder whose only model is one .gguf
+    file.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -37,13 +39,15 @@ def _location(name: str) -> tuple[str, dict[str, str]]:
     found = sorted(path.glob("*.gguf"))
     if len(found) != 1:
         raise FileNotFoundError(
-            f"model {name!r}: a config.json or exactly one .gguf file is needed in the folder, found {len(found)} .gguf files"
+            f"model {name!r}: the folder needs a config.json or exactly one .gguf file; it has {len(found)} .gguf files"
         )
     return str(path), {"gguf_file": found[0].name}
 
 
 def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """A causal language model by name or path; dtype None: float32 on a machine without an accelerator, else the checkpoint's own."""
+    """A causal language model by name or path; dtype None: float32 on a machine without an accelerator, else the
+    checkpoint's own.
+    """
     where, options = _location(name)
     if dtype is None:
         dtype = "auto" if torch.accelerator.is_available() else torch.float32
@@ -79,7 +83,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def find_head(model: nn.Module) -> Head:
     """The output layer of a causal language model.
 
-    Errors: ValueError where there is none, or where an adapter or a trainable copy sits on it: the loss reads lm_head's own weight.
+    Errors: ValueError where there is none, or where an adapter or a trainable copy sits on it: the loss reads
+    lm_head's own weight.
     """
     base = base_model(model)
     if not hasattr(base, "get_output_embeddings") or (module := base.get_output_embeddings()) is None:
@@ -87,8 +92,9 @@ def find_head(model: nn.Module) -> Head:
     name = next((name for name, m in base.named_modules() if m is module), "lm_head")
     if type(module) is not nn.Linear:
         raise ValueError(
-            f"{name} is a {type(module).__module__}.{type(module).__qualname__}: an adapter, a modules_to_save copy or a quantised layer on the "
-            f"output layer is not supported; take {name} out of target_modules and modules_to_save, or set fused=False"
+            f"{name} is a {type(module).__module__}.{type(module).__qualname__}: an adapter, a modules_to_save copy or "
+            f"a quantised layer on the output layer is not supported; take {name} out of target_modules and "
+            "modules_to_save, or set fused=False"
         )
     config = base.config.get_text_config()
     owners: list[tuple[Any, str, float | None]] = []
@@ -109,8 +115,8 @@ def find_head(model: nn.Module) -> Head:
 def head_replaced(head: Head, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, the model's forward returns compute(hidden (R, T, H)) as its logits, unscaled.
 
-    The model is still called through whatever wraps it, so the hooks of DDP, FSDP and ZeRO run, and the result reaches the
-    loss through the model's own output, where they expect it.
+    The model is still called through whatever wraps it, so the hooks of DDP, FSDP and ZeRO run, and the result reaches
+    the loss through the model's own output, where they expect it.
     """
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in head.owners]
     module = head.module

@@ -4,8 +4,9 @@ import inspect
 from typing import Any
 
 import torch
-from synpo_kernels import FusedPreferenceLoss, PreferenceOutput, linear_logps, objectives
 from torch import Tensor, nn
+
+from synpo_kernels import FusedPreferenceLoss, PreferenceOutput, linear_logps, objectives
 
 from .config import SynPOConfig
 from .model import base_model, find_head, head_replaced
@@ -32,7 +33,9 @@ class PairScorer:
         return {"logit_scale": self.head.logit_scale, "softcap": self.head.softcap, "workspace_mb": self.workspace_mb}
 
     def loss(self, model: nn.Module, batch: dict[str, Any], ref_sums: Tensor | None = None) -> PreferenceOutput:
-        """Loss (mean over the pass's pairs, with gradient) and metrics; ref_sums (2b,): the reference's summed log-probs."""
+        """Loss (mean over the pass's pairs, with gradient) and metrics; ref_sums (2b,): the reference's summed
+        log-probs.
+        """
         if self._fused is None:
             return self._eager(self._logits_logps(model, batch), batch["cu_seqlens"], ref_sums)
         found: list[PreferenceOutput] = []
@@ -60,7 +63,8 @@ class PairScorer:
     def verify(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Compare the fused log-probs of a few tokens with those of the model's own logits.
 
-        Errors: ValueError where they differ by more than rounding: the model does something to its logits that is not known here.
+        Errors: ValueError where they differ by more than rounding: the model does something to its logits that is not
+        known here.
         """
         if self.head is None:
             return
@@ -82,8 +86,9 @@ class PairScorer:
         error = float((got - expected).abs().max())
         if not error <= tolerance and bool(expected.isfinite().all()):
             raise ValueError(
-                f"{type(base_model(model)).__name__}: log-probs from lm_head differ from the model's own logits by {error:.3g} (allowed {tolerance:.3g}): "
-                "the model changes its logits after lm_head in a way that is not known here; set fused=False"
+                f"{type(base_model(model)).__name__}: log-probs from lm_head differ from those of the model's own "
+                f"logits by {error:.3g} (allowed {tolerance:.3g}): the model changes its logits after lm_head in a way "
+                "that is not known here; set fused=False"
             )
 
     def _head_logps(self, model: nn.Module, batch: dict[str, Any], positions: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Reference log-probs for dpo, dpop, ipo and kto: adapter switched off, a separate model, or computed once and kept on disk."""
+"""Reference log-probs for dpo, dpop, ipo and kto: adapter switched off, a separate model, or computed once and kept
+on disk.
+"""
 
 import hashlib
 import logging
@@ -32,8 +34,8 @@ class References:
         """Errors: ValueError where there is nothing to take as the reference."""
         if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_logps:
             raise ValueError(
-                f"{args.objective} needs a reference and the whole model is trained: pass ref_model, set precompute_ref_logps=True, "
-                "or train an adapter (peft_config)"
+                f"{args.objective} needs a reference and the whole model is trained: pass ref_model, set "
+                "precompute_ref_logps=True, or train an adapter (peft_config)"
             )
         if ref_model is model:
             raise ValueError(
@@ -47,7 +49,9 @@ class References:
             self.scorer = PairScorer(args, ref_model)
 
     def sums(self, scorer: PairScorer, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """(2b,) summed log-probs of a pass's sequences under the reference; dropout is off, no random number is drawn."""
+        """(2b,) summed log-probs of a pass's sequences under the reference; dropout is off, no random number is
+        drawn.
+        """
         if self.ref_model is not None:
             with self.accelerator.autocast():
                 return self.scorer.sums(self.ref_model, batch)
@@ -57,7 +61,8 @@ class References:
     def precompute(
         self, scorer: PairScorer, model: nn.Module, collator: PairCollator, datasets: Sequence[PairDataset]
     ) -> dict[bytes, float]:
-        """Sequence key -> summed log-prob for every sequence of the datasets, from the file of this reference where it has them.
+        """Sequence key -> summed log-prob for every sequence of the datasets, from the file of this reference where it
+        has them.
 
         The file is named by a hash of the reference's weights and precision; a key is a hash of the token ids, so a
         changed pair, template, tokenizer or truncation is computed anew.
