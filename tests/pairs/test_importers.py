@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -315,3 +316,13 @@ def test_nothing_is_written_to_the_cache(tmp_path, monkeypatch):
     file = write(tmp_path / "p.jsonl", PLAIN)
     assert load_pairs(file).cache_files == []
     assert not cache.exists()
+
+
+def test_the_records_shown_in_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = page.split("```json\n")[1].split("```")[0]
+    records = [json.loads(record) for record in shown.strip().split("\n\n")]
+    formats = ["columns", "columns", "implicit", "sharegpt", "ms-swift", "synpo-release"]
+    for name, record in zip(formats, records, strict=True):
+        file = write(tmp_path / "p.jsonl", record)
+        assert load_pairs(file)[:] == load_pairs(file, name)[:]
