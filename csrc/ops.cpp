@@ -1,8 +1,9 @@
 // Every native op on one page. The schemas are defined in Python, beside the op's definition and its plain PyTorch
-// kernel (synpo_kernels/vocab_passes.py); here the CPU key gets a faster kernel for each. Only PyTorch's stable ABI is
+// kernel (synpo_kernels/vocab_passes.py, contrastive.py); here the CPU key gets a faster kernel for each. Only PyTorch's stable ABI is
 // used: one binary serves every torch >= 2.10 and every Python.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/contrastive.h"
 #include "cpu/vocab_passes.h"
 
 STABLE_TORCH_LIBRARY_IMPL(synpo, CPU, m) {
@@ -19,4 +20,10 @@ STABLE_TORCH_LIBRARY_IMPL(synpo, CPU, m) {
   // tile_grads(Tensor tile, Tensor hidden, Tensor weight, Tensor coef, Tensor(a!)? grad_weight,
   //            Tensor(b!)? grad_bias, bool weighted) -> Tensor product
   m.impl("tile_grads", TORCH_BOX(&synpo::tile_grads));
+  // contrastive_logits(Tensor logits, Tensor contrast, float alpha, float plausibility) -> Tensor
+  m.impl("contrastive_logits", TORCH_BOX(&synpo::contrastive_logits));
+  // contrastive_sample(Tensor logits, Tensor? contrast, Tensor seeds, SymInt step, float alpha, float plausibility,
+  //                    float temperature, int top_k, float top_p)
+  //     -> (Tensor tokens, Tensor logps, Tensor model_logps, Tensor status)
+  m.impl("contrastive_sample", TORCH_BOX(&synpo::contrastive_sample));
 }

@@ -64,16 +64,16 @@ def philox(seeds: Tensor, step: int) -> Tensor:
 
 
 def _combine(l: Tensor, contrast: Tensor | None, alpha: float, plausibility: float) -> tuple[Tensor, Tensor]:
-    """c, and which tokens survive the masks and the plausibility constraint. l in the accumulator's dtype."""
-    survives = l != _LOWEST
+    """c, and the tokens that a mask or the plausibility constraint takes out; NaN stays NaN. l in the accumulator's dtype."""
+    masked = l == _LOWEST
     if plausibility > 0:
-        survives &= l >= l.amax(dim=1, keepdim=True) + math.log(plausibility)
+        masked |= l < l.amax(dim=1, keepdim=True) + math.log(plausibility)
     c = l
     if contrast is not None:
         contrast = contrast.to(l.dtype)
-        survives &= contrast != _LOWEST
+        masked |= contrast == _LOWEST
         c = (1 + alpha) * l - alpha * contrast
-    return c.masked_fill(~survives, _LOWEST), survives
+    return c.masked_fill(masked, _LOWEST), masked
 
 
 def _logits(logits: Tensor, contrast: Tensor, alpha: float, plausibility: float) -> Tensor:
@@ -93,11 +93,11 @@ def _sample(
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     l = logits.float()
-    c, survives = _combine(l, contrast, alpha, plausibility)
+    c, out = _combine(l, contrast, alpha, plausibility)
     infinite = ~(l < math.inf)
     if contrast is not None:
-        infinite |= survives & ~((contrast < math.inf) & (c < math.inf))
-    failed, masked = infinite.any(dim=1), ~survives.any(dim=1)
+        infinite |= ~out & ~((contrast < math.inf) & (c < math.inf))
+    failed, masked = infinite.any(dim=1), out.all(dim=1)
     status = torch.where(failed, NOT_FINITE, torch.where(masked, ALL_MASKED, OK)).to(torch.uint8)
     c = c.masked_fill((status != OK)[:, None], 0.0)
 

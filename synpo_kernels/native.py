@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import vocab_passes  # noqa: F401  defines the schemas that the library implements
+from . import contrastive, vocab_passes  # noqa: F401  define the schemas that the library implements
 
 _FORCING = threading.Lock()
 

@@ -1,5 +1,6 @@
 """Oracles: every op in its shortest correct form, any float dtype, full logits and autograd; for checks alone."""
 
+import math
 from typing import Any
 
 import torch
@@ -51,3 +52,37 @@ def preference_loss(
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
     function = objectives.REGISTRY[objective].function
     return function(logps[valid], running[cu_seqlens.long()], ref_logps=ref_logps, **hyperparameters).mean()
+
+
+def contrastive_logits(
+    logits: Tensor, contrast: Tensor, *, alpha: float = 0.5, plausibility: float = 0.0
+) -> Tensor:
+    """(B, V) each -> combined logits in the inputs' dtype, -inf at tokens that are masked or implausible."""
+    combined = (1 + alpha) * logits - alpha * contrast
+    masked = logits.isneginf() | contrast.isneginf()
+    if plausibility > 0:
+        masked |= logits < logits.amax(dim=1, keepdim=True) + math.log(plausibility)
+    return combined.where(~masked, torch.full_like(combined, -math.inf))
+
+
+def contrastive_law(
+    logits: Tensor,
+    contrast: Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    plausibility: float = 0.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """The probabilities (B, V) that contrastive_sample draws from, one token of each row at least unmasked."""
+    other, alpha = (logits, 0.0) if contrast is None else (contrast, alpha)
+    c = contrastive_logits(logits, other, alpha=alpha, plausibility=plausibility)
+    if temperature == 0:
+        return torch.nn.functional.one_hot(c.argmax(dim=1), c.shape[1]).to(c.dtype)
+    values, ids = c.sort(dim=1, descending=True, stable=True)
+    values = values / temperature
+    values[:, top_k or c.shape[1] :] = -math.inf
+    p = values.softmax(dim=1)
+    p = p.where(p.cumsum(dim=1) - p < top_p, torch.zeros_like(p))
+    return torch.zeros_like(p).scatter(1, ids, p / p.sum(dim=1, keepdim=True))

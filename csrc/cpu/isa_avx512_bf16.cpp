@@ -13,6 +13,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 #endif
+#include "row_kernels_isa.h"
 #include "tile_kernels_isa.h"
 
 namespace synpo {
@@ -28,9 +29,10 @@ struct DotPairs {
 constexpr auto kFloat64 = Kernels<Float64, 64, 6, 4>::table();
 constexpr auto kFloat32 = Kernels<Float32, 64, 6, 4>::table();
 constexpr auto kPairs = Kernels<Bf16Pairs, 64, 6, 4, DotPairs>::table();
+constexpr auto kRowTable = RowKernelsOf<64>::table();
 }  // namespace
 
-extern const Isa kAvx512Bf16{"avx512_bf16", &kFloat64, &kFloat32, &kPairs};
+extern const Isa kAvx512Bf16{"avx512_bf16", &kFloat64, &kFloat32, &kPairs, &kRowTable};
 }  // namespace synpo
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,6 +8,8 @@
 
 namespace synpo {
 
+struct RowKernels;
+
 enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 // A strided (rows, columns) view of an input; strides count elements.
@@ -89,6 +91,7 @@ struct Isa {
   const TileKernels<Float64>* float64;
   const TileKernels<Float32>* float32;
   const TileKernels<Bf16Pairs>* pairs;
+  const RowKernels* rows;
 };
 
 extern const Isa kPortable, kPortablePairs, kAvx2, kAvx2Pairs, kAvx512, kAvx512Bf16;
