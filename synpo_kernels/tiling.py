@@ -32,13 +32,14 @@ class PassTile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The choices for one architecture."""
+    """The choices for one architecture: candidates, the one in use first."""
 
     descriptors: bool  # TMA tensor descriptors; plain pointers otherwise
     shared_memory: int  # bytes a block may use
-    store: tuple[ScoreTile, ...]  # candidates of softmax_store, the one in use first
-    sums: tuple[ScoreTile, ...]  # candidates of softmax_sums without a product
-    fused_store_until: int  # widest H at which softmax_store runs fused; above, library product and a pass
+    store: tuple[ScoreTile, ...]  # softmax_store
+    sums: tuple[ScoreTile, ...]  # softmax_sums without a product
+    capped: tuple[ScoreTile, ...]  # either, under a softcap: its epilogue needs more registers
+    fused_store_until: int  # widest H at which a store runs fused; above it, library product and a pass
 
 
 # Architecture (major * 10 + minor) -> its choices. Others run the library's product and a pass.
@@ -46,8 +47,9 @@ TILES: dict[int, Tiles] = {
     80: Tiles(
         descriptors=False,
         shared_memory=166_912,
-        store=(ScoreTile(128, 256, 32, 3, 8, 1, False), ScoreTile(128, 128, 32, 4, 4, 1, False)),
-        sums=(ScoreTile(128, 256, 32, 3, 8, 1, False),),
+        store=(ScoreTile(128, 128, 64, 4, 8, 1, False), ScoreTile(128, 128, 32, 5, 8, 1, False)),
+        sums=(ScoreTile(128, 128, 64, 4, 8, 1, False),),
+        capped=(ScoreTile(128, 128, 64, 4, 8, 1, False),),
         fused_store_until=2048,
     ),
     90: Tiles(
@@ -56,41 +58,46 @@ TILES: dict[int, Tiles] = {
         store=(
             ScoreTile(128, 256, 64, 3, 8, 1, False),
             ScoreTile(128, 256, 64, 4, 8, 2, False),
+            ScoreTile(256, 128, 64, 3, 8, 1, False),
             ScoreTile(128, 128, 64, 4, 8, 1, True),
         ),
-        sums=(ScoreTile(128, 256, 64, 4, 8, 1, False), ScoreTile(256, 128, 64, 4, 8, 1, False)),
+        sums=(ScoreTile(128, 256, 64, 3, 8, 1, False), ScoreTile(128, 256, 64, 4, 8, 1, False)),
+        capped=(ScoreTile(128, 128, 64, 4, 8, 1, True),),
         fused_store_until=2048,
     ),
     100: Tiles(
         descriptors=True,
         shared_memory=232_448,
-        store=(ScoreTile(128, 256, 64, 3, 8, 1, False), ScoreTile(128, 128, 64, 4, 4, 1, False)),
+        store=(ScoreTile(128, 256, 64, 3, 8, 1, False), ScoreTile(128, 256, 64, 4, 8, 2, False)),
         sums=(ScoreTile(128, 256, 64, 4, 8, 1, False),),
+        capped=(ScoreTile(128, 128, 64, 4, 8, 1, False),),
         fused_store_until=2048,
     ),
 }
 PASS = PassTile(rows=4, columns=1024, warps=4)
 
-# Columns of the vocabulary whose float32 logits are held between the library's product and the pass over them.
-LOGIT_BYTES = 32 << 20
-# Row chunks are multiples of this where the workspace allows.
-ROW_MULTIPLE = 128
+LOGIT_BYTES = 32 << 20  # float32 logits between the library's product and the pass: within an H200's L2 cache
+ROW_MULTIPLE = 128  # row chunks are multiples of this where the workspace allows
 
 
-def architecture(device: torch.device) -> int:
-    """major * 10 + minor of a CUDA device; 0 for any other."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+class Route(NamedTuple):
+    """How a pass runs: fused in ``tile``, or, where that is None, as the library's product and a pass."""
+
+    tile: ScoreTile | None
+    descriptors: bool
+    programs: int  # blocks of the persistent grid
 
 
-def score_tile(arch: int, dtype: torch.dtype, H: int, store: bool) -> ScoreTile | None:
-    """The tile in which the fused form runs, or None for the library's product and a pass.
+LIBRARY = Route(None, False, 0)
 
-    float32 goes to the library: its product in Triton does not use the matrix units in full precision.
-    """
-    tiles = TILES.get(arch)
-    if tiles is None or dtype not in (torch.bfloat16, torch.float16) or (store and tiles.fused_store_until < H):
-        return None
-    return tiles.store[0] if store else tiles.sums[0]
+
+def route(device: torch.device, dtype: torch.dtype, H: int, store: bool, softcap: float) -> Route:
+    """The committed choice. float32 goes to the library: in full precision Triton's product uses no matrix units."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+        return LIBRARY
+    properties = torch.cuda.get_device_properties(device)
+    tiles = TILES.get(properties.major * 10 + properties.minor)
+    if tiles is None or (store and tiles.fused_store_until < H):
+        return LIBRARY
+    candidates = tiles.capped if softcap > 0 else tiles.store if store else tiles.sums
+    return Route(candidates[0], tiles.descriptors, properties.multi_processor_count)

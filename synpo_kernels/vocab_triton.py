@@ -18,6 +18,9 @@ Letters: n rows of hidden, H, V; ``m_`` masks. Every launcher is a plain functio
 CPU under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+# Device kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from typing import NamedTuple
 
 import torch
@@ -33,7 +36,9 @@ _RESCALE_ROWS = 32
 
 
 @triton.jit
-def _exponentials(raw, rows, columns, bias, targets, reference, n, V, logit_scale, softcap, guard, SOFTCAP: tl.constexpr):
+def _exponentials(
+    raw, rows, columns, bias, targets, reference, n, V, logit_scale, softcap, guard, SOFTCAP: tl.constexpr
+):
     """E * d of a tile of raw = hidden @ weight.T, and its rows' sums and shifts."""
     if bias is not None:
         raw += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
@@ -152,8 +157,9 @@ def _pass_kernel(
     columns = tl.arange(0, COLUMNS)
     at = raw + rows.to(tl.int64)[:, None] * raw_stride + tl.program_id(1) * COLUMNS + columns[None, :]
     mask = (rows < n)[:, None] & (part * COLUMNS + columns < V)[None, :]
+    z = tl.load(at, mask=mask, other=0.0)
     _finish_part(
-        tl.load(at, mask=mask, other=0.0), row_start, part * COLUMNS, part, tile, bias, targets, reference, sums, shifts,
+        z, row_start, part * COLUMNS, part, tile, bias, targets, reference, sums, shifts,
         n, V, parts, tile_stride, logit_scale, softcap, guard, ROWS, COLUMNS, SOFTCAP, False,
     )  # fmt: skip
 
@@ -178,9 +184,7 @@ def _reduce_kernel(part_sums, part_shifts, sums, shifts, parts, BLOCK: tl.conste
 
 
 @triton.jit
-def _rescale_kernel(
-    tile, part_shifts, shifts, n, V, parts, tile_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _rescale_kernel(tile, part_shifts, shifts, n, V, parts, tile_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Parts of the stored tile brought to their row's shift; nothing is read or written where all stand there."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -253,7 +257,9 @@ def score(
     return pairs
 
 
-def exponentiate(raw: Tensor, first: int, V: int, rows: Rows, tile: Tensor | None, pairs: Pairs, block: PassTile) -> None:
+def exponentiate(
+    raw: Tensor, first: int, V: int, rows: Rows, tile: Tensor | None, pairs: Pairs, block: PassTile
+) -> None:
     """The epilogue alone, on raw (n, m) = float32 hidden @ weight[first : first + m].T; raw may be a part of tile."""
     n, columns = raw.shape
     grid = (triton.cdiv(n, block.rows), triton.cdiv(columns, block.columns))
@@ -272,6 +278,7 @@ def reduce(pairs: Pairs, tile: Tensor | None) -> tuple[Tensor, Tensor]:
     _reduce_kernel[(n,)](pairs.sums, pairs.shifts, sums, shifts, parts, BLOCK=1024, num_warps=4)
     if tile is not None:
         _rescale_kernel[(triton.cdiv(n, _RESCALE_ROWS), parts)](
-            tile, pairs.shifts, shifts, n, tile.shape[1], parts, tile.stride(0), ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, num_warps=8
-        )
+            tile, pairs.shifts, shifts, n, tile.shape[1], parts, tile.stride(0),
+            ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, num_warps=8,
+        )  # fmt: skip
     return shifts, sums
