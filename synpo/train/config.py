@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from synpo_kernels import objectives
 
 TRUNCATIONS = ("cut", "drop", "error")
+SAMPLINGS = ("random", "sequential", "group_by_length")
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -73,7 +74,7 @@ class SynPOConfig(TrainingArguments):
         False, "Kept off: non-finite losses are counted and logged, never averaged out."
     )
     remove_unused_columns: bool = _option(False, "Kept off: columns are chosen by name when pairs are tokenised.")
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser takes the second type for the flag's
         default="none", metadata={"help": "Integrations that logs go to beside metrics.jsonl."}
     )
 
@@ -95,6 +96,10 @@ class SynPOConfig(TrainingArguments):
         if self.tokens_per_pass is not None and objectives.REGISTRY[self.objective].coupled:
             raise ValueError(
                 f"tokens_per_pass is set, but {self.objective} couples the pairs of a micro-batch; leave it out"
+            )
+        if self.train_sampling_strategy not in SAMPLINGS:
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}; allowed: {', '.join(SAMPLINGS)}"
             )
         for name in ("logging_nan_inf_filter", "remove_unused_columns", "bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):

@@ -76,6 +76,7 @@ class PairTokenizer:
                         f"{where}: prompt is a string but {column} is a {type(row[column]).__name__}; "
                         "give three strings, or three conversations"
                     )
+                _refuse_blank(row[column], where, column)
             return prompt, [row["chosen"], row["rejected"]]
         prompt = [_text_message(message, where, "prompt") for message in prompt]
         answers = [_answer_message(row[column], where, column) for column in ("chosen", "rejected")]
@@ -105,8 +106,8 @@ class PairTokenizer:
     def _answer(self, text: str, where: str, column: str) -> list[int]:
         """Ids up to and with the end of the turn: the template's own end token where it renders one, eos otherwise."""
         ids = self._ids(text, special=False)
-        if not text.strip() or not ids:
-            raise ValueError(f"{where}: column {column!r} is an empty answer; remove the pair")
+        if not ids:
+            raise ValueError(f"{where}: column {column!r} has no tokens; remove the pair")
         last = max((at for at, token in enumerate(ids) if token in self._specials), default=-1)
         if last >= 0 and not self.tokenizer.decode(ids[last + 1 :]).strip():
             return ids[: last + 1]
@@ -162,4 +163,11 @@ def _answer_message(answer: Any, where: str, column: str) -> dict[str, str]:
         raise ValueError(f"{where}: prompt is a conversation but {column} is a string; give three conversations")
     if len(answer) != 1:
         raise ValueError(f"{where}: column {column!r} has {len(answer)} messages; an answer is one assistant message")
-    return _text_message(answer[0], where, column)
+    message = _text_message(answer[0], where, column)
+    _refuse_blank(message["content"], where, column)
+    return message
+
+
+def _refuse_blank(text: str, where: str, column: str) -> None:
+    if not text.strip():
+        raise ValueError(f"{where}: column {column!r} is an empty answer; remove the pair")

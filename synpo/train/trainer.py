@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
@@ -124,6 +124,9 @@ class SynPOTrainer(ResumableTrainer):
             window = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return LengthGrouped(dataset.lengths(), window, self.args.data_seed or self.args.seed)
         return super()._get_train_sampler(dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+        return SequentialSampler(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

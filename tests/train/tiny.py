@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synpo.train import SynPOConfig, SynPOTrainer, lora_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from synpo.train import SynPOConfig, SynPOTrainer, lora_recipe
 
 WORDS = [f"w{i}" for i in range(90)]
 TEMPLATE = (
@@ -88,10 +89,18 @@ def arguments(folder: Path, **changes: Any) -> SynPOConfig:
 
 
 def trainer(folder: Path, count: int = 8, *, lora: bool = True, dropout: float = 0.0, **changes: Any) -> SynPOTrainer:
-    """A trainer of a tiny model on ``count`` pairs; keywords of SynPOTrainer's constructor come before those of the config."""
+    """A trainer of a tiny model on ``count`` pairs; changes are keywords of SynPOTrainer or of SynPOConfig."""
     own = {
         name: changes.pop(name)
-        for name in ("model", "train_dataset", "eval_dataset", "peft_config", "ref_model", "processing_class", "compute_metrics")
+        for name in (
+            "model",
+            "train_dataset",
+            "eval_dataset",
+            "peft_config",
+            "ref_model",
+            "processing_class",
+            "compute_metrics",
+        )
         if name in changes
     }
     options = {
