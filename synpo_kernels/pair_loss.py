@@ -66,22 +66,54 @@ class PreferenceOutput(NamedTuple):
     language: Tensor  # (B,) mean token probability of the chosen
 
 
+class _Evaluation(NamedTuple):
+    """An objective's value on log-probs (n,) of B pairs."""
+
+    metrics: tuple[Tensor, ...]  # what PreferenceOutput holds, in its order
+    coef: Tensor  # (n,) c_t = d loss / d logps_t; (0,) where nobody asked
+
+
 class _Loss(NamedTuple):
     """An objective bound to its hyperparameters and to the number of pairs its mean is over."""
 
-    function: Callable[..., Tensor]
+    objective: str
+    settings: dict[str, Any]
     pairs: int
 
-    def coefficients(self, logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Per-pair losses, and c_t = d (sum of losses / pairs) / d logps_t."""
-        # Inside an op's kernel autograd is switched off one level below grad mode; the guard lifts that for these few
-        # small tensors, so that each objective is written once, without a hand-made derivative beside it.
-        autograd = torch._C.DispatchKey.AutogradFunctionality
-        with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
-            leaf = logps.detach().requires_grad_()
-            losses = self.function(leaf, cu_seqlens, ref_logps=ref_logps)
-            (coef,) = torch.autograd.grad(losses.sum() / self.pairs, leaf)
-        return losses.detach(), coef
+    def evaluate(
+        self, logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, want_coef: bool = True
+    ) -> _Evaluation:
+        """Loss = sum of these pairs' losses / pairs, the metrics, and the tokens' coefficients."""
+        if self.objective == "synpo":
+            *metrics, coef = torch.ops.synpo.synpo_loss(
+                logps, cu_seqlens, **self.settings, pairs=self.pairs, want_coef=want_coef
+            )
+            return _Evaluation(tuple(metrics), coef)
+        return self.by_autograd(logps, cu_seqlens, ref_logps, want_coef)
+
+    def by_autograd(self, logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, want_coef: bool) -> _Evaluation:
+        """``evaluate`` through objectives.py and autograd."""
+        function = partial(objectives.REGISTRY[self.objective].function, ref_logps=ref_logps, **self.settings)
+        if want_coef:
+            # Inside an op's kernel autograd is switched off one level below grad mode; the guard lifts that for these
+            # few small tensors, so that each objective is written once, without a hand-made derivative beside it.
+            autograd = torch._C.DispatchKey.AutogradFunctionality
+            with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
+                leaf = logps.detach().requires_grad_()
+                loss = function(leaf, cu_seqlens).sum() / self.pairs
+                (coef,) = torch.autograd.grad(loss, leaf)
+        else:
+            loss, coef = function(logps, cu_seqlens).sum() / self.pairs, logps.new_empty(0)
+        summaries = _summaries(logps, cu_seqlens, ref_logps, self.objective, self.settings)
+        return _Evaluation((loss.detach(), *summaries), coef)
+
+
+def _synpo_loss(
+    logps: Tensor, cu_seqlens: Tensor, alpha: float, beta: float, form: str, pairs: int, want_coef: bool
+) -> tuple[Tensor, ...]:
+    loss = _Loss("synpo", {"alpha": alpha, "beta": beta, "form": form}, pairs)
+    metrics, coef = loss.by_autograd(logps, cu_seqlens, None, want_coef)
+    return *metrics, coef
 
 
 def _references(ref_logps: Tensor | None, door: Door, labels: Tensor) -> Tensor | None:
@@ -119,14 +151,11 @@ def _chunks(bounds: list[int], row_bytes: int, workspace: int) -> list[tuple[lis
     return chunks
 
 
-def _trainable(
-    door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor | None, out: Gradients
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (n,) and per-pair losses of all pairs, chunk by chunk of whole pairs; gradients into ``out``."""
+def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor | None, out: Gradients) -> Tensor:
+    """Log-probs (n,) of all pairs, chunk by chunk of whole pairs; gradients into ``out``."""
     bounds, device = door.bounds, door.hidden.device
     pairs = len(bounds) // 2
     logps = torch.empty(len(door.targets), dtype=accumulator(door.hidden.dtype), device=device)
-    losses = logps.new_empty(pairs)
     row_bytes = widest_slice(head) * tile_dtype(door.hidden).itemsize
     workspace = workspace_bytes(head.workspace_mb, device, True)
     chunks = [(list(range(pairs)), False)] if coupled else _chunks(bounds, row_bytes, workspace)
@@ -138,11 +167,8 @@ def _trainable(
         cu_seqlens = torch.tensor(local, device=device)
         ref = None if refs is None else torch.cat([refs[first:last], refs[pairs + first : pairs + last]])
 
-        def coefficients(
-            chunk_logps: Tensor, cu: Tensor = cu_seqlens, ref: Tensor | None = ref, a: int = first, b: int = last
-        ) -> Tensor:
-            losses[a:b], coef = loss.coefficients(chunk_logps, cu, ref)
-            return coef
+        def coefficients(chunk_logps: Tensor, cu: Tensor = cu_seqlens, ref: Tensor | None = ref) -> Tensor:
+            return loss.evaluate(chunk_logps, cu, ref).coef
 
         hidden, targets = (torch.cat([x[a:b] for a, b in spans]) for x in (door.hidden, door.targets))
         part = out._replace(hidden=None if out.hidden is None else out.hidden.new_empty(hidden.shape))
@@ -154,7 +180,7 @@ def _trainable(
             if out.hidden is not None and part.hidden is not None:
                 out.hidden[a:b] = part.hidden[start : start + b - a]
             start += b - a
-    return logps, losses
+    return logps
 
 
 def _summaries(
@@ -196,8 +222,7 @@ def _pair_loss(
     refs = _references(ref_logps, door, labels)
     if refs is not None and len(refs) != len(cu) - 1:
         refs = objectives.segment_sums(refs, cu)
-    entry, settings = objectives.REGISTRY[objective], json.loads(hyperparameters)
-    loss = _Loss(partial(entry.function, **settings), len(door.bounds) // 2)
+    loss = _Loss(objective, json.loads(hyperparameters), len(door.bounds) // 2)
 
     acc = accumulator(hidden.dtype)
     out = Gradients(
@@ -206,15 +231,13 @@ def _pair_loss(
         weight.new_zeros(len(weight), dtype=acc) if needs[2] else None,
     )
     if trainable:
-        logps, losses = _trainable(door, head, loss, entry.coupled, refs, out)
+        logps = _trainable(door, head, loss, objectives.REGISTRY[objective].coupled, refs, out)
+        metrics, _ = loss.evaluate(logps, cu, refs, want_coef=False)
     else:
         scores, gradient = score(door.hidden, door.targets, head, needs[0])
-        logps = scores.logps
+        metrics, coef = loss.evaluate(scores.logps, cu, refs, want_coef=needs[0])
         if needs[0]:
-            losses, coef = loss.coefficients(logps, cu, refs)
             out = out._replace(hidden=gradient.mul_(coef[:, None]))
-        else:
-            losses = loss.function(logps, cu, ref_logps=refs)
 
     grad_hidden = hidden.new_empty((0, hidden.shape[1]), dtype=_gradient_dtype(hidden.dtype))
     if out.hidden is not None:
@@ -223,7 +246,7 @@ def _pair_loss(
         weight.new_empty(0, dtype=_gradient_dtype(weight.dtype)) if g is None else g.to(_gradient_dtype(weight.dtype))
         for g in (out.weight, out.bias)
     )
-    return losses.mean(), *_summaries(logps, cu, refs, objective, settings), grad_hidden, grad_weight, grad_bias
+    return *metrics, grad_hidden, grad_weight, grad_bias
 
 
 def _refuse_empty_answers(bounds: list[int], ignore_index: int) -> None:
@@ -272,6 +295,13 @@ _LIBRARY.define(
     " Tensor rejected_logps, Tensor chosen_rewards, Tensor rejected_rewards, Tensor language,"
     " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+# The inner op of the objective that has a kernel of its own (loss_triton.py, on CUDA); the default is objectives.py.
+_LIBRARY.define(
+    "synpo_loss(Tensor logps, Tensor cu_seqlens, float alpha, float beta, str form, int pairs, bool want_coef)"
+    " -> (Tensor loss, Tensor chosen_logps, Tensor rejected_logps, Tensor chosen_rewards, Tensor rejected_rewards,"
+    " Tensor language, Tensor coef)"
+)
+_LIBRARY.impl("synpo_loss", _synpo_loss, "CompositeExplicitAutograd")
 _LIBRARY.impl("pair_loss", _pair_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("synpo::pair_loss", _pair_loss_fake, lib=_LIBRARY)
 torch.library.register_autograd("synpo::pair_loss", _autograd, setup_context=_setup_context, lib=_LIBRARY)

@@ -91,9 +91,14 @@ class Route(NamedTuple):
 LIBRARY = Route(None, False, 0)
 
 
-def route(device: torch.device, dtype: torch.dtype, H: int, store: bool, softcap: float) -> Route:
-    """The committed choice. float32 goes to the library: in full precision Triton's product uses no matrix units."""
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+def route(device: torch.device, dtype: torch.dtype, H: int, tile: torch.dtype | None, softcap: float) -> Route:
+    """The committed choice for inputs of ``dtype`` and a tile of dtype ``tile``, None = sums alone.
+
+    float32 goes to the library: in full precision Triton's product uses no matrix units, and a float32 tile does not
+    fit beside the operands in shared memory.
+    """
+    store = tile is not None
+    if device.type != "cuda" or torch.version.hip is not None or torch.float32 in (dtype, tile):
         return LIBRARY
     properties = torch.cuda.get_device_properties(device)
     tiles = TILES.get(properties.major * 10 + properties.minor)

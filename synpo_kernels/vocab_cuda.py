@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import tiling, vocab_passes
 from .device import workspace_bytes
+from .loss_triton import synpo_loss
 from .vocab_triton import Pairs, Rows, empty_pairs, exponentiate, has_descriptors, reduce, score
 
 _ALIGNMENT = 16  # bytes: TMA asks it of rows
@@ -62,14 +63,10 @@ def _pairs_by_library(hidden: Tensor, weight: Tensor, rows: Rows, tile: Tensor |
     return pairs
 
 
-def store(
-    hidden: Tensor, weight: Tensor, rows: Rows, tile: Tensor | None, route: tiling.Route | None = None
-) -> tuple[Tensor, Tensor]:
-    """(shift, sums) of n rows, filling ``tile`` (n, V) where one is given. route: instead of the committed choice."""
-    if route is None:
-        route = tiling.route(hidden.device, hidden.dtype, hidden.shape[1], tile is not None, rows.softcap)
-        if tile is not None and tile.dtype == torch.float32:
-            route = tiling.LIBRARY  # a float32 tile does not fit beside the operands in shared memory
+def store(hidden: Tensor, weight: Tensor, rows: Rows, tile: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(shift, sums) of n rows, filling ``tile`` (n, V) where one is given."""
+    dtype = None if tile is None else tile.dtype
+    route = tiling.route(hidden.device, hidden.dtype, hidden.shape[1], dtype, rows.softcap)
     if route.tile is not None and _fits(route, hidden, weight, tile):
         pairs = score(hidden, weight, rows, tile, route.tile, route.descriptors, route.programs)
     else:
@@ -214,8 +211,8 @@ def softmax_grads(
 
 
 def register() -> None:
-    """Puts these functions at the ops' CUDA key. Not done by importing: tests load this module on the CPU."""
-    for op in (softmax_sums, softmax_grads, softmax_store, tile_grads):
+    """Puts every inner op that has a CUDA form at its CUDA key. Not done by importing: tests load this on the CPU."""
+    for op in (softmax_sums, softmax_grads, softmax_store, tile_grads, synpo_loss):
         _LIBRARY.impl(op.__name__, _on_its_device(op), "CUDA")
 
 
