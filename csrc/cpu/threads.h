@@ -13,16 +13,36 @@ namespace synpo {
 
 inline int64_t thread_count() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-// Runs task(i, worker) for every i in [0, count), each once, on at most `workers` threads. A worker (0 <= worker <
-// workers) takes the next free task, so a slow core holds nobody up; results must not depend on who runs a task.
-// task must not throw. Inside another parallel region everything runs on the calling thread.
-template <class Task>
-void run_tasks(int64_t workers, int64_t count, const Task& task) {
+// `count` independent pieces of work: run(i, worker) for i in [0, count). It must not throw, and what it computes must
+// not depend on the worker.
+template <class Run>
+struct Tasks {
+  int64_t count;
+  Run run;
+};
+template <class Run>
+Tasks(int64_t, Run) -> Tasks<Run>;
+
+// Runs all tasks of some kinds together, on at most `workers` threads with one barrier at the end. A worker
+// (0 <= worker < workers) takes the next free task, so a slow core holds nobody up. Inside another parallel region
+// everything runs on the calling thread.
+template <class... Run>
+void run_tasks(int64_t workers, const Tasks<Run>&... kinds) {
+  const int64_t total = (kinds.count + ...);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i = next++; i < count; i = next++) task(i, worker);
+  torch::stable::parallel_for(0, std::min(total, workers), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next++; i < total; i = next++) {
+        int64_t first = 0;
+        ((i >= first && i < first + kinds.count ? kinds.run(i - first, worker) : void(), first += kinds.count), ...);
+      }
+    }
   });
+}
+
+template <class Run>
+void run_tasks(int64_t workers, int64_t count, const Run& run) {
+  run_tasks(workers, Tasks<const Run&>{count, run});
 }
 
 // Uninitialised memory on a cache line's border.

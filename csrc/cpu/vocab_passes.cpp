@@ -132,29 +132,35 @@ struct Running {
     piece_shift.resize(rows * pieces);
     piece_sum.resize(rows * pieces);
   }
-  // Brings the pieces of `row` (of the block that starts at row0) to one reference. rescale_piece(column, factor) and
-  // rescale_row(factor) repair what was stored under an older one.
+  // Brings the pieces of the rows from row0 on to one reference each. rescale_piece(row, column, factor) and
+  // rescale_row(row, factor) repair what was stored under an older reference.
   template <class RescalePiece, class RescaleRow>
-  void merge(int64_t row0, int64_t row, const RescalePiece& rescale_piece, const RescaleRow& rescale_row) {
-    const Acc* shifts = &piece_shift[row * pieces];
-    const Acc old = shift[row0 + row];
-    Acc raised = old;
-    for (int64_t p = 0; p < pieces; ++p) raised = shifts[p] > raised ? shifts[p] : raised;
-    double& sum = sums[row0 + row];
-    if (raised != old) {
-      const Acc factor = std::exp(old - raised);
-      sum *= factor;
-      rescale_row(factor);
-      shift[row0 + row] = raised;
-    }
-    for (int64_t p = 0; p < pieces; ++p) {
-      Acc factor = 1;
-      if (shifts[p] != raised) {
-        factor = std::exp(shifts[p] - raised);
-        rescale_piece(p * width, factor);
+  void merge(int64_t workers, int64_t row0, int64_t rows, const RescalePiece& rescale_piece,
+             const RescaleRow& rescale_row) {
+    const int64_t block = divide_up(1 << 15, pieces + 1);  // rows per task: a barrier costs more than fewer pieces
+    run_tasks(workers, divide_up(rows, block), [&](int64_t task, int64_t) {
+      for (int64_t row = task * block; row < std::min(rows, (task + 1) * block); ++row) {
+        const Acc* shifts = piece_shift.data() + row * pieces;
+        const Acc old = shift[row0 + row];
+        Acc raised = old;
+        for (int64_t p = 0; p < pieces; ++p) raised = shifts[p] > raised ? shifts[p] : raised;
+        double& sum = sums[row0 + row];
+        if (raised != old) {
+          const Acc factor = std::exp(old - raised);
+          sum *= factor;
+          rescale_row(row, factor);
+          shift[row0 + row] = raised;
+        }
+        for (int64_t p = 0; p < pieces; ++p) {
+          Acc factor = 1;
+          if (shifts[p] != raised) {
+            factor = std::exp(shifts[p] - raised);
+            rescale_piece(row, p * width, factor);
+          }
+          sum += static_cast<double>(piece_sum[row * pieces + p]) * factor;
+        }
       }
-      sum += static_cast<double>(piece_sum[row * pieces + p]) * factor;
-    }
+    });
   }
   std::vector<Acc> total() const { return std::vector<Acc>(sums.begin(), sums.end()); }
 };
@@ -175,29 +181,23 @@ std::tuple<Tensor, Tensor, Tensor> sums_of(const TileKernels<Mode>& kernels, con
   for (int64_t row0 = 0; row0 < head.n; row0 += sweep.row_block) {
     const int64_t rows = std::min(sweep.row_block, head.n - row0);
     sweep.take_hidden(head.hidden, row0, rows);
-    for (int64_t v = 0; v < head.V; v += sweep.span) {
-      const int64_t columns = std::min(sweep.span, head.V - v);
+    Acc* block_product = weighted ? product + row0 * head.H : nullptr;
+    for (int64_t v = 0; v < head.V + sweep.span; v += sweep.span) {
+      const int64_t columns = sweep.columns_at(v);
       running.begin(rows, columns, sweep.piece_width(rows, columns));
-      sweep.logits(head.weight, rows, v, columns, [&](int64_t row, int64_t column, int64_t n, int64_t padded, Acc* x) {
+      const auto emit = [&](int64_t row, int64_t column, int64_t n, int64_t padded, Acc* x) {
         const int64_t piece = row * running.pieces + column / running.width;
         kernels.exp_row(x, n, padded, head.bias_at(v + column), law, running.shift[row0 + row],
                         head.targets[row0 + row] - v - column, &running.piece_shift[piece], &running.piece_sum[piece]);
-        if (weighted) kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(row, column));
+        if (weighted) kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(v, row, column));
+      };
+      run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
+                sweep.logits(head.weight, rows, v, columns, emit));
+      running.merge(sweep.workers(), row0, rows, [&](int64_t row, int64_t column, Acc factor) {
+        if (weighted) kernels.scale_operands(sweep.tile(v, row, column), running.width, factor);
+      }, [&](int64_t row, Acc factor) {
+        for (int64_t h = 0; weighted && h < head.H; ++h) block_product[row * head.H + h] *= factor;
       });
-      run_tasks(sweep.workers(), divide_up(rows, 64), [&](int64_t task, int64_t) {
-        for (int64_t row = task * 64; row < std::min(rows, task * 64 + 64); ++row) {
-          running.merge(
-              row0, row,
-              [&](int64_t column, Acc factor) {
-                if (weighted) kernels.scale_operands(sweep.tile(row, column), running.width, factor);
-              },
-              [&](Acc factor) {
-                Acc* g = product + (row0 + row) * head.H;
-                for (int64_t h = 0; weighted && h < head.H; ++h) g[h] *= factor;
-              });
-        }
-      });
-      if (weighted) sweep.product(head.weight, rows, v, columns, product + row0 * head.H, v > 0);
     }
   }
   return {result_of(running.shift, hidden), result_of(running.total(), hidden), product_out};
@@ -225,16 +225,17 @@ Tensor grads_of(const TileKernels<Mode>& kernels, const Tensor& hidden, const Te
     const int64_t rows = std::min(sweep.row_block, head.n - row0);
     sweep.take_hidden(head.hidden, row0, rows);
     sweep.take_scaled(head.hidden, row0, rows, minus_coefs.data() + row0);
-    for (int64_t v = 0; v < head.V; v += sweep.span) {
-      const int64_t columns = std::min(sweep.span, head.V - v);
-      sweep.logits(head.weight, rows, v, columns, [&](int64_t row, int64_t column, int64_t n, int64_t padded, Acc* x) {
+    Acc* block_product = weighted ? product + row0 * head.H : nullptr;
+    for (int64_t v = 0; v < head.V + sweep.span; v += sweep.span) {
+      const auto emit = [&](int64_t row, int64_t column, int64_t n, int64_t padded, Acc* x) {
         Acc unused_shift, unused_sum;
         kernels.exp_row(x, n, padded, head.bias_at(v + column), law, norms[row0 + row],
                         head.targets[row0 + row] - v - column, &unused_shift, &unused_sum);
-        kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(row, column));
-      });
-      if (weighted) sweep.product(head.weight, rows, v, columns, product + row0 * head.H, v > 0);
-      sweep.gradient(rows, v, columns, coefs.data() + row0, grad_w, grad_b);
+        kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(v, row, column));
+      };
+      run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
+                sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
+                sweep.logits(head.weight, rows, v, sweep.columns_at(v), emit));
     }
   }
   return product_out;
@@ -262,20 +263,16 @@ std::tuple<Tensor, Tensor> store_of(const TileKernels<Mode>& kernels, const Tens
     sweep.take_hidden(head.hidden, row0, rows);
     // One merge for the whole vocabulary, so that no stored piece is rescaled twice.
     running.begin(rows, head.V, sweep.piece_width(rows, head.V));
-    sweep.logits(head.weight, rows, 0, head.V, [&](int64_t row, int64_t v, int64_t n, int64_t padded, Acc* x) {
+    const auto emit = [&](int64_t row, int64_t v, int64_t n, int64_t padded, Acc* x) {
       const int64_t piece = row * running.pieces + v / running.width;
       kernels.exp_row(x, n, padded, head.bias_at(v), law, running.shift[row0 + row], head.targets[row0 + row] - v,
                       &running.piece_shift[piece], &running.piece_sum[piece]);
       kernels.store_row(x, n, stored.dtype, at(row, v));
-    });
-    run_tasks(sweep.workers(), rows, [&](int64_t row, int64_t) {
-      running.merge(
-          row0, row,
-          [&](int64_t v, Acc factor) {
-            kernels.scale_row(at(row, v), std::min(running.width, head.V - v), stored.dtype, factor);
-          },
-          [](Acc) {});
-    });
+    };
+    run_tasks(sweep.workers(), sweep.logits(head.weight, rows, 0, head.V, emit));
+    running.merge(sweep.workers(), row0, rows, [&](int64_t row, int64_t v, Acc factor) {
+      kernels.scale_row(at(row, v), std::min(running.width, head.V - v), stored.dtype, factor);
+    }, [](int64_t, Acc) {});
   }
   return {result_of(running.shift, hidden), result_of(running.total(), hidden)};
 }
@@ -300,11 +297,11 @@ Tensor stored_grads_of(const TileKernels<Mode>& kernels, const Tensor& tile, con
   for (int64_t row0 = 0; row0 < n; row0 += sweep.row_block) {
     const int64_t rows = std::min(sweep.row_block, n - row0);
     if (grad_w) sweep.take_scaled(hidden_in, row0, rows, minus_coefs.data() + row0);
-    for (int64_t v = 0; v < V; v += sweep.span) {
-      const int64_t columns = std::min(sweep.span, V - v);
-      sweep.load_tile(stored, row0, rows, v, columns);
-      if (weighted) sweep.product(weight_in, rows, v, columns, product + row0 * H, v > 0);
-      if (grad_w || grad_b) sweep.gradient(rows, v, columns, coefs.data() + row0, grad_w, grad_b);
+    Acc* block_product = weighted ? product + row0 * H : nullptr;
+    for (int64_t v = 0; v < V + sweep.span; v += sweep.span) {
+      run_tasks(sweep.workers(), sweep.product(weight_in, rows, v - sweep.span, block_product),
+                sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
+                sweep.load_tile(stored, row0, rows, v));
     }
   }
   return product_out;

@@ -1,12 +1,13 @@
-// The phases that the four ops are made of, over one block of rows and one span of the vocabulary:
+// The tasks that the four ops are made of, over one block of rows and one span of the vocabulary:
 //
-//   logits      a task packs some rows of weight and multiplies all hidden rows by them; each piece of a row goes to
-//               the op, which turns it into weights exp(z - shift) * d and stores them in the tile
+//   logits      packs some rows of weight and multiplies all hidden rows by them; each piece of a row goes to the op,
+//               which turns it into weights exp(z - shift) * d and stores them in the tile
 //   product     product += tile @ weight[span]
 //   gradient    grad_weight[span] -= tile.T @ (coef * hidden)
 //
-// The tile stays in the caches. Every task writes its own part of a result and every sum has a fixed order, so
-// results do not depend on which thread ran what.
+// There are two tiles, small enough for the caches: the logits of one span and the products of the span before run
+// together, so that threads wait for each other once per span. Every task writes its own part of a result and every
+// sum has a fixed order, so results do not depend on which thread ran what.
 #pragma once
 
 #include <vector>
@@ -30,10 +31,10 @@ struct Grid {
     const int64_t most_row_blocks = std::max<int64_t>(1, rows / 192);
     column_block = widest;
     while (column_block > 64 && divide_up(columns, column_block) * most_row_blocks < wanted) column_block /= 2;
-    const int64_t column_blocks = divide_up(columns, column_block);
+    const int64_t column_blocks = std::max<int64_t>(1, divide_up(columns, column_block));
     row_block = round_up(divide_up(rows, std::clamp<int64_t>(divide_up(wanted, column_blocks), 1, most_row_blocks)), 96);
   }
-  int64_t tasks() const { return divide_up(rows, row_block) * divide_up(columns, column_block); }
+  int64_t tasks() const { return divide_up(rows, row_block) * std::max<int64_t>(0, divide_up(columns, column_block)); }
 
   struct Part {
     int64_t row, rows, column, columns;
@@ -77,14 +78,15 @@ class VocabSweep {
       // The span's weights are read twice: the second time from the shared cache, when they fit there.
       columns = std::min(workers_ * kSpanBytes / (row_block * size), workers_ * kSpanBytes / (H * size));
       columns = std::max(columns, 2 * workers_ * logit_columns_);
-      columns = std::clamp<int64_t>(columns, kSegment, std::max(kSegment, workspace / 2 / (row_block * size)));
+      columns = std::clamp<int64_t>(columns, kSegment, std::max(kSegment, workspace / 4 / (row_block * size)));
     }
     span = std::min(columns / kSegment * kSegment, round_up(shape.V, kSegment));
     product_columns_ = 256;
     while (product_columns_ > 64 && product_columns_ * span * size > kPanelBytes) product_columns_ /= 2;
 
     hidden_ = Scratch<Operand>(row_block * hidden_stride_);
-    if (shape.tile) tile_ = Scratch<Operand>(divide_up(span, kSegment) * row_block * kTileStride);
+    tile_size_ = divide_up(span, kSegment) * row_block * kTileStride;
+    if (shape.tile) tiles_ = Scratch<Operand>(2 * tile_size_);
     panel_units_ = std::max(logit_columns_ * divide_up(H, kUnit),
                             shape.tile ? product_columns_ * divide_up(span, kUnit) : 0);
     panels_ = Scratch<Unit>(workers_ * panel_units_);
@@ -101,10 +103,13 @@ class VocabSweep {
 
   int64_t workers() const { return workers_; }
 
-  // The tile's numbers from `column` on, counted from the span's start, up to the end of the segment.
-  Operand* tile(int64_t row, int64_t column) const {
-    return tile_.get() + (column / kSegment * row_block + row) * kTileStride + column % kSegment;
+  // The tile of the span at v: its numbers from `column` on, counted from v, up to the end of the segment.
+  Operand* tile(int64_t v, int64_t row, int64_t column) const {
+    return tiles_.get() + v / span % 2 * tile_size_ + (column / kSegment * row_block + row) * kTileStride +
+           column % kSegment;
   }
+  // The columns of the span at v; 0 past the ends of the vocabulary.
+  int64_t columns_at(int64_t v) const { return v < 0 ? 0 : std::max<int64_t>(0, std::min(span, shape_.V - v)); }
 
   // Takes rows [row, row + rows) of hidden for the next logits().
   void take_hidden(const Matrix& hidden, int64_t row, int64_t rows) {
@@ -118,11 +123,11 @@ class VocabSweep {
   // emit(row, column, n, padded, raw): raw[0, n) are the products of hidden row `row` with weight rows v + column on;
   // raw may be overwritten and has room up to `padded`. Pieces of a row come in any order from any thread.
   template <class Emit>
-  void logits(const Matrix& weight, int64_t rows, int64_t v, int64_t columns, const Emit& emit) {
+  auto logits(const Matrix& weight, int64_t rows, int64_t v, int64_t columns, const Emit& emit) {
     const Grid grid(rows, columns, logit_columns_, workers_);
-    const int64_t units = divide_up(shape_.H, kUnit), stride = raw_stride();
-    run_tasks(workers_, grid.tasks(), [&](int64_t task, int64_t worker) {
+    return Tasks{grid.tasks(), [=, &weight, &emit](int64_t task, int64_t worker) {
       const auto part = grid.part(task);
+      const int64_t units = divide_up(shape_.H, kUnit), stride = raw_stride();
       Unit* panels = panels_.get() + worker * panel_units_;
       Acc* raw = raw_.get() + worker * kRowBlock * stride;
       const int64_t padded = round_up(part.columns, kernels.panel);
@@ -134,7 +139,7 @@ class VocabSweep {
                          true, false);
         for (int64_t t = 0; t < m; ++t) emit(row + t, part.column, part.columns, padded, raw + t * stride);
       }
-    });
+    }};
   }
 
   // The width of the pieces that logits() emits; it divides a segment of the tile.
@@ -142,54 +147,57 @@ class VocabSweep {
     return Grid(rows, columns, logit_columns_, workers_).column_block;
   }
 
-  // Fills the tile from columns [v, v + columns) of a stored one.
-  void load_tile(const Matrix& stored, int64_t row, int64_t rows, int64_t v, int64_t columns) {
-    const int64_t segments = divide_up(columns, kSegment);
-    run_tasks(workers_, segments * divide_up(rows, kRowBlock), [&](int64_t task, int64_t) {
+  // Fills the tile of the span at v from columns of a stored one.
+  auto load_tile(const Matrix& stored, int64_t row, int64_t rows, int64_t v) {
+    const int64_t columns = columns_at(v), segments = divide_up(columns, kSegment);
+    return Tasks{segments * divide_up(rows, kRowBlock), [=, &stored](int64_t task, int64_t) {
       const int64_t column = task % segments * kSegment, first = task / segments * kRowBlock;
       kernels.copy(stored, row + first, std::min(kRowBlock, rows - first), v + column,
-                   std::min(kSegment, columns - column), tile(first, column), kTileStride);
-    });
+                   std::min(kSegment, columns - column), tile(v, first, column), kTileStride);
+    }};
   }
 
-  // product[rows, H] (+)= tile @ weight[v : v + columns]
-  void product(const Matrix& weight, int64_t rows, int64_t v, int64_t columns, Acc* product, bool accumulate) {
-    const Grid grid(rows, shape_.H, product_columns_, workers_);
-    const int64_t units = divide_up(columns, kUnit);
-    run_tasks(workers_, grid.tasks(), [&](int64_t task, int64_t worker) {
+  // product[rows, H] = (v > 0 ? product : 0) + tile @ weight rows of the span at v; nothing when product is null.
+  auto product(const Matrix& weight, int64_t rows, int64_t v, Acc* product) {
+    const int64_t columns = columns_at(v);
+    const Grid grid(rows, columns && product ? shape_.H : 0, product_columns_, workers_);
+    return Tasks{grid.tasks(), [=, &weight](int64_t task, int64_t worker) {
       const auto part = grid.part(task);
+      const int64_t units = divide_up(columns, kUnit);
       Unit* panels = panels_.get() + worker * panel_units_;
       kernels.pack(weight, v, columns, part.column, part.columns, nullptr, panels);
       for (int64_t i = 0; i < part.rows; i += kRowBlock) {
         const int64_t m = std::min(kRowBlock, part.rows - i), row = part.row + i;
         for (int64_t column = 0; column < columns; column += kSegment) {
-          kernels.multiply(reinterpret_cast<const Unit*>(tile(row, column)), kTileStride / kUnit, 1,
+          kernels.multiply(reinterpret_cast<const Unit*>(tile(v, row, column)), kTileStride / kUnit, 1,
                            panels + column / kUnit * kernels.panel, units * kernels.panel,
-                           divide_up(std::min(kSegment, columns - column), kUnit), product + row * shape_.H + part.column,
-                           shape_.H, m, part.columns, false, accumulate || column > 0);
+                           divide_up(std::min(kSegment, columns - column), kUnit),
+                           product + row * shape_.H + part.column, shape_.H, m, part.columns, false,
+                           v > 0 || column > 0);
         }
       }
-    });
+    }};
   }
 
   // Takes -coef * hidden of rows [row, row + rows) for the next gradient(); minus_coef counts from `row`.
   void take_scaled(const Matrix& hidden, int64_t row, int64_t rows, const Acc* minus_coef) {
-    const int64_t units = divide_up(rows, kUnit);
     run_tasks(workers_, divide_up(shape_.H, 256), [&](int64_t task, int64_t) {
       const int64_t column = task * 256;
       kernels.pack(hidden, row, rows, column, std::min<int64_t>(256, shape_.H - column), minus_coef,
-                   scaled_.get() + column * units);
+                   scaled_.get() + column * divide_up(rows, kUnit));
     });
   }
 
-  // grad_weight[V, H] at rows [v, v + columns) += tile.T @ scaled; grad_bias likewise with coef, when there is one.
-  void gradient(int64_t rows, int64_t v, int64_t columns, const Acc* coef, Acc* grad_weight, Acc* grad_bias) {
-    const int64_t segments = divide_up(columns, kSegment), units = divide_up(rows, kUnit);
-    const Grid grid(1, shape_.H, 256, divide_up(workers_, segments));
-    run_tasks(workers_, segments * grid.tasks(), [&](int64_t task, int64_t worker) {
+  // For the span at v: grad_weight (V, H) += tile.T @ scaled, grad_bias (V,) -= tile.T @ coef; null ones are left out.
+  auto gradient(int64_t rows, int64_t v, const Acc* coef, Acc* grad_weight, Acc* grad_bias) {
+    const int64_t columns = columns_at(v);
+    const int64_t segments = grad_weight || grad_bias ? divide_up(columns, kSegment) : 0;
+    const Grid grid(1, shape_.H, 256, divide_up(workers_, std::max<int64_t>(1, segments)));
+    return Tasks{segments * grid.tasks(), [=](int64_t task, int64_t worker) {
       const int64_t column = task / grid.tasks() * kSegment, n = std::min(kSegment, columns - column);
+      const int64_t units = divide_up(rows, kUnit);
       const auto part = grid.part(task % grid.tasks());
-      const Operand* segment = tile(0, column);
+      const Operand* segment = tile(v, 0, column);
       if (grad_bias && part.column == 0)
         kernels.subtract_column_sums(segment, kTileStride, rows, n, coef, grad_bias + v + column);
       if (!grad_weight) return;
@@ -203,18 +211,18 @@ class VocabSweep {
       }
       kernels.multiply(a, 1, a_unit, scaled_.get() + part.column * units, units * kernels.panel, units,
                        grad_weight + (v + column) * shape_.H + part.column, shape_.H, n, part.columns, false, true);
-    });
+    }};
   }
 
  private:
   static constexpr int64_t kPanelBytes = 1 << 20;  // a worker's packed columns
-  static constexpr int64_t kSpanBytes = 4 << 20;   // the tile, and the span's weights, for each worker
+  static constexpr int64_t kSpanBytes = 4 << 20;   // one tile, and the span's weights, for each worker
 
   int64_t raw_stride() const { return logit_columns_ + 16; }
 
   Shape shape_;
-  int64_t workers_, hidden_stride_, logit_columns_, product_columns_, panel_units_;
-  Scratch<Operand> hidden_{0}, tile_{0};
+  int64_t workers_, hidden_stride_, logit_columns_, product_columns_, panel_units_, tile_size_;
+  Scratch<Operand> hidden_{0}, tiles_{0};
   Scratch<Unit> panels_{0}, scaled_{0}, transposed_{0};
   Scratch<Acc> raw_{0};
 };
