@@ -5,8 +5,6 @@ the very functions behind `synpo train` and `synpo report`.
 """
 
 import argparse
-import logging
-import shutil
 import time
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from .report import draw_curves, read_run
 from .scenes import write_pairs
 from .train import command, load_model, load_tokenizer, paired_bootstrap
 from .train.run_files import read_json_lines
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.2
 RECIPE = {
@@ -40,16 +36,13 @@ RECIPE = {
 }
 
 
-def run(model: Path, out: Path, steps: int, seed: int, max_eval_pairs: int) -> int:
-    """Train the model in folder `model` for `steps` optimizer steps; 0 when the held-out margin rose, else 1.
+def run(model: Path, data: Path, out: Path, steps: int, seed: int, max_eval_pairs: int) -> int:
+    """Train the model in folder `model` on the pairs in file `data`; 0 when the held-out margin rose, else 1.
 
-    `out` receives the pairs, the adapter, the metrics and curves.png. The margin rose when the 95 % paired bootstrap
-    interval of its change, over the held-out pairs, lies above 0.
+    `out` receives the adapter, the metrics and curves.png. The margin rose when the 95 % paired bootstrap interval of
+    its change, over the held-out pairs, lies above 0.
     """
     started = time.perf_counter()
-    _clear(out)
-    data = out / "pairs.jsonl"
-    write_pairs(data)
     options = {
         "model": str(model),
         "data": str(data),
@@ -63,27 +56,23 @@ def run(model: Path, out: Path, steps: int, seed: int, max_eval_pairs: int) -> i
     draw_curves([read_run(out, out.name)], out / "curves.png")
     _show_captions(model, out, data)
 
-    before, after = (_margins(out, name, step) for name, step in (("before", 0), ("after", steps)))
+    before, after = _margins(out, 0), _margins(out, steps)
+    preferred = [sum(margin > 0 for margin in margins) for margins in (before, after)]
     change = paired_bootstrap(before, after)
     rose = change.low > 0
     print(
-        f"\nThe margin on {len(before)} held-out pairs {'rose' if rose else 'did NOT rise'}: {change.mean:+.4f}, "
-        f"95 % interval [{change.low:+.4f}, {change.high:+.4f}]."
+        f"\nThe faithful caption wins in {preferred[0]} of {len(before)} held-out pairs before, {preferred[1]} after."
+        f"\nThe margin {'rose' if rose else 'did NOT rise'}: {change.mean:+.4f}, 95 % interval "
+        f"[{change.low:+.4f}, {change.high:+.4f}]."
     )
     print(f"curves {out / 'curves.png'} | metrics {out / 'metrics.jsonl'} | {time.perf_counter() - started:.0f} s")
     print(f"again, with other options: synpo train --config {out / 'config.yaml'} --output_dir DIR")
     return 0 if rose else 1
 
 
-def _clear(out: Path) -> None:
-    """What an earlier demo left in its folder; nothing else is touched."""
-    for name in ("metrics.jsonl", "config.yaml", "curves.png"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "eval_pairs", ignore_errors=True)
-
-
-def _margins(out: Path, name: str, step: int) -> list[float]:
-    return [record["rewards/margins"] for record in read_json_lines(out / "eval_pairs" / f"{name}-{step}.jsonl")]
+def _margins(out: Path, step: int) -> list[float]:
+    """Margins of the held-out pairs, as an evaluation at a step left them."""
+    return [record["rewards/margins"] for record in read_json_lines(out / "eval_pairs" / f"eval-{step}.jsonl")]
 
 
 def _show_captions(model: Path, out: Path, data: Path) -> None:
@@ -118,4 +107,7 @@ def main(args: argparse.Namespace) -> int:
     """Get the model, train it, show what changed."""
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it has to be at least 1")
-    return run(smollm2(), args.out, args.steps, args.seed, max_eval_pairs=30)
+    model = smollm2()
+    data = args.out / "pairs.jsonl"
+    write_pairs(data)
+    return run(model, data, args.out, args.steps, args.seed, max_eval_pairs=30)

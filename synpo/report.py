@@ -18,7 +18,6 @@ from .train.run_files import read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
-HELD_OUT = ("before", "eval", "after")  # prefixes of evaluations, in the order in which a run makes them
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":")
@@ -71,11 +70,10 @@ def read_run(path: Path, label: str) -> Run:
         if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
             raise ValueError(f"{file}:{number}: a record with a number `step` is needed, got {str(record)[:80]}")
         for name in names:
-            for curves, keys in ((training, [name]), (held_out, [f"{prefix}_{name}" for prefix in HELD_OUT])):
-                for key in keys:
-                    if key in record:
-                        value = math.nan if record[key] is None else float(record[key])  # null: it was not finite
-                        curves.setdefault(name, []).append((float(record["step"]), value))
+            for curves, key in ((training, name), (held_out, f"eval_{name}")):
+                if key in record:
+                    value = math.nan if record[key] is None else float(record[key])  # null: it was not finite
+                    curves.setdefault(name, []).append((float(record["step"]), value))
     if not training and not held_out:
         raise ValueError(f"{file}: no curve in it; the run has not logged a step yet")
     return Run(label, training, held_out)
