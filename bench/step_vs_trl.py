@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .measure import commit, device_name
 from .memory import Peak, peak_resident_mb
@@ -163,6 +164,29 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def in_fresh_process(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
+    child = [sys.executable, "-m", "bench.step_vs_trl", "--in-process", "--trainer", trainer]
+    for name in ("model", "pairs", "batch", "max_length", "steps"):
+        child += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    done = subprocess.run(child, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{trainer} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def world(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "trl": version("trl"),
+        "pairs": args.batch,
+        "max_length": args.max_length,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.step_vs_trl", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -183,34 +207,15 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + json.dumps(measure_steps(args)))
         return
     out = args.out or Path(__file__).parent / "results" / f"steps_{device_name()}.csv"
-    rows = []
-    for trainer in args.trainer:
-        print(f"{trainer}: {args.steps + 1} steps of {args.batch} pairs", file=sys.stderr, flush=True)
-        child = [sys.executable, "-m", "bench.step_vs_trl", "--in-process", "--trainer", trainer]
-        for name in ("model", "pairs", "batch", "max_length", "steps"):
-            child += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-        done = subprocess.run(child, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{trainer} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}")
-        rows.append({"trainer": trainer} | json.loads(done.stdout.strip().splitlines()[-1]))
-    world = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "device": device_name(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "trl": version("trl"),
-        "pairs": args.batch,
-        "max_length": args.max_length,
-    }
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(world | row for row in rows)
     print("| trainer | s per step | peak MB | of it during training | tokens, answers |\n|---|---|---|---|---|")
-    for row in rows:
+    for trainer in tqdm(args.trainer, unit="trainer", file=sys.stderr):
+        row = world(args) | {"trainer": trainer} | in_fresh_process(trainer, args)
+        new = not out.exists()
+        with out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
         print(
             "| {trainer} | {step_s} | {peak_mb} | {peak_extra_mb} | {sequence_tokens}, {answer_tokens} |".format(**row)
         )
