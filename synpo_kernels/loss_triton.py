@@ -101,6 +101,6 @@ def synpo_loss(
     metrics = [logps.new_empty(B) for _ in range(5)]
     _synpo_kernel[(1,)](
         logps, cu_seqlens, loss, *metrics, coef if want_coef else None, B, pairs, alpha, beta,
-        SIGMOID=form == "sigmoid", PAIRS=8, TOKENS=512, num_warps=8,
+        SIGMOID=form == "sigmoid", PAIRS=8, TOKENS=512, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return loss, *metrics, coef

@@ -4,9 +4,9 @@
     tile_grads      products of the stored tile, the library's, into float32
     softmax_sums, softmax_grads   the two above, over chunks of rows that fit the workspace
 
-A float16 tile would lose what a confident token is made of, exp(z - z_y) far below 1, so tiles of float16 inputs have
-bfloat16's exponents, and their products are taken in bfloat16. float64 runs the plain kernels of vocab_passes.py.
-Nothing here waits for the device.
+float16 cannot hold exp(z - z_y) of a confident token, so tiles of float16 inputs are float32 and are brought to
+float16's range, row by row, for their products. float64 runs the plain kernels of vocab_passes.py. Nothing here waits
+for the device.
 """
 
 import functools
@@ -22,11 +22,13 @@ from .loss_triton import synpo_loss
 from .vocab_triton import Pairs, Rows, empty_pairs, exponentiate, has_descriptors, reduce, score
 
 _ALIGNMENT = 16  # bytes: TMA asks it of rows
+# Where float32 values go for a float16 product, far from float16's overflow (65504) and its smallest number (6e-8); and
+# the largest value below which a row counts as 0, so that the factor itself stays finite.
+_TOP, _LEAST = 4096.0, 1e-30
 
 
-def _narrow(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products with exp(z - shift) are taken."""
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+def _tile_dtype(inputs: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if inputs == torch.bfloat16 else torch.float32
 
 
 def _gemm(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1, beta: float = 0) -> None:
@@ -113,6 +115,28 @@ def softmax_store(
     return store(hidden, weight, Rows(bias, targets, target_logits, logit_scale, softcap), tile)
 
 
+def _narrowed_grads(
+    tile: Tensor, hidden: Tensor, weight: Tensor, coef: Tensor, grad_weight: Tensor | None, product: Tensor | None
+) -> None:
+    """tile_grads of a float32 tile of 16-bit inputs, over vocabulary chunks: each row of the tile is brought to a
+    largest value of _TOP, the hidden states with their coefficients and these factors to one of _TOP as a whole."""
+    (n, H), V = hidden.shape, weight.shape[0]
+    unit = _TOP / torch.linalg.vector_norm(tile, float("inf"), dim=1).clamp_min(_LEAST)
+    scaled = hidden.float() * (coef / unit)[:, None]
+    whole = torch.linalg.vector_norm(scaled, float("inf")).clamp_min(_LEAST) / _TOP
+    scaled = (scaled / whole).to(hidden.dtype)
+    for part in _chunks(V, max(16, tiling.LOGIT_BYTES // (4 * (n + H)))):
+        e = (tile[:, part] * unit[:, None]).to(hidden.dtype)
+        if product is not None:
+            _gemm(product, e, weight[part], beta=1)
+        if grad_weight is not None:
+            change = torch.empty_like(grad_weight[part])
+            _gemm(change, e.T, scaled)
+            grad_weight[part] -= change.mul_(whole)
+    if product is not None:
+        product.div_(unit[:, None])
+
+
 def tile_grads(
     tile: Tensor,
     hidden: Tensor,
@@ -122,23 +146,21 @@ def tile_grads(
     grad_bias: Tensor | None,
     weighted: bool,
 ) -> Tensor:
-    """vocab_passes.tile_grads. Where the tile's dtype is not the inputs', both go to one, in pieces of LOGIT_BYTES."""
+    """vocab_passes.tile_grads."""
     if hidden.dtype == torch.float64:
         return vocab_passes._tile_grads(tile, hidden, weight, coef, grad_weight, grad_bias, weighted)
     (n, H), V = hidden.shape, weight.shape[0]
     product = torch.zeros((n if weighted else 0, H), dtype=torch.float32, device=hidden.device)
     if n == 0:
         return product
-    dtype = _narrow(hidden.dtype)
-    step = V if tile.dtype == weight.dtype else max(16, tiling.LOGIT_BYTES // (dtype.itemsize * (n + H)))
-    # The coefficient goes to the narrow side: scaling hidden touches n * H numbers, scaling the tile n * V.
-    scaled = (hidden.float() * coef[:, None]).to(dtype) if grad_weight is not None else hidden
-    for part in _chunks(V, step):
-        e = tile[:, part].to(dtype)
+    if tile.dtype == hidden.dtype:
         if weighted:
-            _gemm(product, e, weight[part].to(dtype), beta=1)
+            _gemm(product, tile, weight)
         if grad_weight is not None:
-            _gemm(grad_weight[part], e.T, scaled, alpha=-1, beta=1)
+            # The coefficient goes to the narrow side: scaling hidden touches n * H numbers, scaling the tile n * V.
+            _gemm(grad_weight, tile.T, (hidden.float() * coef[:, None]).to(hidden.dtype), alpha=-1, beta=1)
+    else:
+        _narrowed_grads(tile, hidden, weight, coef, grad_weight, product if weighted else None)
     if grad_bias is not None:
         for part in _chunks(V, max(1, tiling.LOGIT_BYTES // (4 * n))):
             grad_bias[part] -= coef @ tile[:, part].float()
@@ -164,7 +186,7 @@ def softmax_sums(
     (n, H), V = hidden.shape, weight.shape[0]
     shift, sums = torch.empty_like(target_logits), torch.empty_like(target_logits)
     product = torch.empty((n if weighted else 0, H), dtype=torch.float32, device=hidden.device)
-    dtype = _narrow(hidden.dtype)
+    dtype = _tile_dtype(hidden.dtype)
     step = _row_step(n, _row_bytes(V, dtype if weighted else None), workspace_bytes(workspace_mb, hidden.device, False))
     tile = _new_tile(min(n, step), V, dtype, hidden.device) if weighted else None
     for part in _chunks(n, step):
@@ -198,7 +220,7 @@ def softmax_grads(
         )  # fmt: skip
     (n, H), V = hidden.shape, weight.shape[0]
     product = torch.empty((n if weighted else 0, H), dtype=torch.float32, device=hidden.device)
-    dtype = _narrow(hidden.dtype)
+    dtype = _tile_dtype(hidden.dtype)
     step = _row_step(n, _row_bytes(V, dtype), workspace_bytes(workspace_mb, hidden.device, True))
     tile = _new_tile(min(n, step), V, dtype, hidden.device)
     for part in _chunks(n, step):

@@ -252,7 +252,7 @@ def score(
         rows.logit_scale, rows.softcap, GUARD,
         ROWS=config.rows, COLUMNS=config.columns, DEPTH=config.depth, PARTS=config.parts, BAND=config.band,
         FLATTEN=config.flatten, SOFTCAP=rows.softcap > 0, DESCRIPTORS=descriptors, PRECISION="ieee",
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return pairs
 
@@ -267,7 +267,7 @@ def exponentiate(
         raw, tile, rows.bias, rows.targets, rows.reference, pairs.sums, pairs.shifts,
         n, V, pairs.sums.shape[1], first // block.columns, raw.stride(0), 0 if tile is None else tile.stride(0),
         rows.logit_scale, rows.softcap, GUARD,
-        ROWS=block.rows, COLUMNS=block.columns, SOFTCAP=rows.softcap > 0, num_warps=block.warps,
+        ROWS=block.rows, COLUMNS=block.columns, SOFTCAP=rows.softcap > 0, num_warps=block.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -275,10 +275,10 @@ def reduce(pairs: Pairs, tile: Tensor | None) -> tuple[Tensor, Tensor]:
     """(shift, sums) of the rows, (n,) each; brings the parts of ``tile`` to their row's shift."""
     n, parts = pairs.sums.shape
     sums, shifts = (torch.empty(n, dtype=torch.float32, device=pairs.sums.device) for _ in range(2))
-    _reduce_kernel[(n,)](pairs.sums, pairs.shifts, sums, shifts, parts, BLOCK=1024, num_warps=4)
+    _reduce_kernel[(n,)](pairs.sums, pairs.shifts, sums, shifts, parts, BLOCK=1024, num_warps=4, enable_fp_fusion=True)
     if tile is not None:
         _rescale_kernel[(triton.cdiv(n, _RESCALE_ROWS), parts)](
             tile, pairs.shifts, shifts, n, tile.shape[1], parts, tile.stride(0),
-            ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, num_warps=8,
+            ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return shifts, sums

@@ -1,0 +1,23 @@
+"""Runs interpreted.py in a process of its own: under Triton's interpreter, or on the GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def test_the_launchers() -> None:
+    # One BLAS thread: the problems are small. Deterministic cuBLAS needs its workspace named.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("interpreted.py"))],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
