@@ -47,7 +47,7 @@ class PairScorer:
             return found[-1].loss
 
         with head_replaced(self.head, compute):
-            returned = _forward(model, batch).logits
+            returned = _forward(model, batch["input_ids"]).logits
         return found[-1]._replace(loss=returned)
 
     @torch.no_grad()
@@ -73,10 +73,10 @@ class PairScorer:
         try:
             first = int(batch["positions"][0])  # row 0, so the flat position is the position in the row
             count = min(_CHECKED_TOKENS, int(batch["cu_seqlens"][1]))
-            row = {name: batch[name][:1, : first + count] for name in ("input_ids", "attention_mask")}
+            row = {"input_ids": batch["input_ids"][:1, : first + count]}
             labels = batch["labels"][:count]
             options = {"logits_to_keep": count} if self.keeps_logits else {}
-            logits = _forward(model, row, **options).logits[0, -count:].float()
+            logits = _forward(model, row["input_ids"], **options).logits[0, -count:].float()
             expected = _gather(logits, labels)
             positions = torch.arange(first, first + count, device=labels.device)
             got = self._head_logps(model, row, positions, labels).float()
@@ -102,10 +102,11 @@ class PairScorer:
             )
 
         with head_replaced(self.head, compute):
-            return _forward(model, batch).logits
+            return _forward(model, batch["input_ids"]).logits
 
     def _logits_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        return _gather(_rows(_forward(model, batch).logits, batch["positions"]), batch["labels"])
+        logits = _forward(model, batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return _gather(_rows(logits, batch["positions"]), batch["labels"])
 
     def _eager(self, logps: Tensor, cu_seqlens: Tensor, ref_sums: Tensor | None) -> PreferenceOutput:
         losses = self.objective.function(logps, cu_seqlens, ref_logps=ref_sums, **self.hyperparameters)
@@ -117,8 +118,10 @@ class PairScorer:
         return PreferenceOutput(losses.mean(), *(sums / lengths).chunk(2), *rewards.chunk(2), language)
 
 
-def _forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)
+def _forward(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
+    # Rows are padded on the right and attention is causal, so no token looks at padding and no mask is needed; without one
+    # attention skips the upper triangle and holds no (rows, T, T) mask. The eager path passes the mask all the same.
+    return model(input_ids=input_ids, use_cache=False, **options)
 
 
 def _rows(values: Tensor, positions: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], co
 
 def test_yaml_numbers_lists_and_dicts_are_read_as_flags_are(tmp_path: Path) -> None:
     # YAML 1.1 takes 5e-6 for a string, and a flag would not.
-    text = "learning_rate: 5e-6\nlora_targets: [q_proj, v_proj]\naccelerator_config: {split_batches: false}\nbf16: false\n"
+    text = "learning_rate: 5e-6\nlora_targets: [q_proj, v_proj]\naccelerator_config: {split_batches: false}\nbf16: no\n"
     path = tmp_path / "a.yaml"
     path.write_text(text)
     found = command.read_config(path)

@@ -69,3 +69,8 @@ def test_hyperparameters_are_the_objective_s_own(tmp_path: Path) -> None:
 def test_bad_values_are_named(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.arguments(tmp_path, **options)
+
+
+def test_the_guide_names_every_own_option() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    assert [name for name in own_fields() if f"`{name}`" not in guide] == []

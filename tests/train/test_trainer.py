@@ -135,8 +135,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 TWINS = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "probs/language", "saturation", "grad_share/chosen", "grad_share/rejected", "grad_share/language", "num_tokens",
-    "pairs_per_second",
+    "logps/rejected", "probs/language", "saturation", "grad_share/chosen", "grad_share/rejected", "grad_share/language",
+    "num_tokens", "pairs_per_second",
 }  # fmt: skip
 
 
