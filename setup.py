@@ -1,7 +1,5 @@
-"""Builds csrc into synpo_kernels/_C*.so; without a compiler, or without torch beside setuptools, installs without it."""
+"""Builds csrc into synpo_kernels/_C*.so; without a compiler, or torch beside setuptools, installs without it."""
 
-import platform
-import sys
 import warnings
 from glob import glob
 

@@ -64,7 +64,7 @@ def philox(seeds: Tensor, step: int) -> Tensor:
 
 
 def _combine(l: Tensor, contrast: Tensor | None, alpha: float, plausibility: float) -> tuple[Tensor, Tensor]:
-    """c, and the tokens that a mask or the plausibility constraint takes out; NaN stays NaN. l in the accumulator's dtype."""
+    """c, and the tokens that a mask or the plausibility constraint takes out; NaN stays NaN. l as accumulated."""
     masked = l == _LOWEST
     if plausibility > 0:
         masked |= l < l.amax(dim=1, keepdim=True) + math.log(plausibility)

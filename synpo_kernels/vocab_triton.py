@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .tiling import PassTile, ScoreTile
 from .vocab_passes import GUARD
 
-_RESCALE_ROWS = 32
+_RESCALE_ROWS = 16
 
 
 @triton.jit

@@ -119,7 +119,7 @@ class PairScorer:
 
 
 def _forward(model: nn.Module, input_ids: Tensor, **options: Any) -> Any:
-    # Rows are padded on the right and attention is causal, so no token looks at padding and no mask is needed; without one
+    # Rows are padded on the right and attention is causal: no token looks at padding, no mask is needed; without one
     # attention skips the upper triangle and holds no (rows, T, T) mask. The eager path passes the mask all the same.
     return model(input_ids=input_ids, use_cache=False, **options)
 
