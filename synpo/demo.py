@@ -14,9 +14,9 @@ from peft import PeftModel
 from .assets import smollm2
 from .pairs import load_pairs, split_pairs
 from .report import draw_curves, read_run
+from .run_files import read_json_lines
 from .scenes import write_pairs
 from .train import command, load_model, load_tokenizer, paired_bootstrap
-from .train.run_files import read_json_lines
 
 HELD_OUT_SHARE = 0.2
 RECIPE = {

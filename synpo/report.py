@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from .train.run_files import read_json_lines
+from .run_files import read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"

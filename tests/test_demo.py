@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from synpo import cli, demo, scenes
-from synpo.train.run_files import read_json_lines
+from synpo.run_files import read_json_lines
 from tests.train import tiny
 
 # peft 0.21 asks transformers 5.23 by a name that is about to go.

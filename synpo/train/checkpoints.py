@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from .run_files import rewind_json_lines, sync
+from ..run_files import rewind_json_lines, sync
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "synpo_state.json"

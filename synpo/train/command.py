@@ -16,11 +16,11 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from ..pairs import apply_filters, load_pairs, split_pairs
+from ..run_files import read_json_lines, write_atomically
 from . import checkpoints
 from .config import SynPOConfig, own_fields
 from .diagnostics import Change, paired_bootstrap
 from .model import LORA_TARGETS, load_model, load_tokenizer, lora_recipe
-from .run_files import read_json_lines, write_atomically
 from .trainer import PAIRS_FOLDER, SynPOTrainer
 
 logger = logging.getLogger(__name__)

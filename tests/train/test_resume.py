@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from synpo.run_files import append_json_line, read_json_lines, rewind_json_lines
 from synpo.train import SynPOTrainer
 from synpo.train.checkpoints import SAVING, is_complete, newest_checkpoint
-from synpo.train.run_files import append_json_line, read_json_lines, rewind_json_lines
 from tests.train import tiny
 
 # 10 pairs, 2 micro-batches of 1 a step: 5 steps an epoch, so step 3 is mid-epoch and step 7 is in the second one.
