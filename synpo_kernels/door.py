@@ -55,6 +55,7 @@ class Door(NamedTuple):
     hidden: Tensor  # (n, H)
     targets: Tensor  # (n,) int64
     bounds: list[int]  # boundaries of the sequences after compaction
+    cu_seqlens: Tensor  # (S+1,) int64, the same on the device: copying them back would make the host wait for it
 
 
 def own_precision(kernel: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -88,7 +89,8 @@ def compact(
     wrong = valid & ((targets < 0) | (targets >= vocabulary))
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
     inside = cu_seqlens.clamp(0, len(targets)).to(torch.int64)
-    facts = torch.cat([wrong.sum()[None], cu_seqlens.to(torch.int64), running[inside], running[-1:]]).tolist()
+    compacted = running[inside]
+    facts = torch.cat([wrong.sum()[None], cu_seqlens.to(torch.int64), compacted, running[-1:]]).tolist()
     boundaries, bounds, n = facts[1 : 1 + len(cu_seqlens)], facts[1 + len(cu_seqlens) : -1], facts[-1]
     if facts[0]:
         flat = int(wrong.nonzero()[0])
@@ -103,9 +105,9 @@ def compact(
         row = int((~hidden.isfinite()).any(dim=1).nonzero()[0])
         raise ValueError(f"hidden: row {row} holds a value that is not finite")
     if n == len(targets):
-        return Door(None, hidden, targets, bounds)
+        return Door(None, hidden, targets, bounds, compacted)
     index = valid.nonzero_static(size=n)[:, 0]
-    return Door(index, hidden[index], targets[index], bounds)
+    return Door(index, hidden[index], targets[index], bounds, compacted)
 
 
 def scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:

@@ -44,7 +44,7 @@ from .vocab_passes import accumulator
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     options = Options(*rest)
     head = open_head(weight, bias, options)
-    ends = torch.tensor([0, len(targets)], device=targets.device)
+    ends = len(targets) * torch.arange(2, device=targets.device)
     door = compact(hidden, targets, ends, options, vocabulary_size(head))
     want_gradient = options.needs[0] and not options.trainable
     scores, gradient = score(door.hidden, door.targets, head, want_gradient)
@@ -68,7 +68,7 @@ def _backward(
     options = Options(*rest)
     needs = options.needs
     head = open_head(weight, bias, options)
-    ends = torch.tensor([0, len(targets)], device=targets.device)
+    ends = len(targets) * torch.arange(2, device=targets.device)
     door = compact(hidden, targets, ends, options._replace(check=False), vocabulary_size(head))
     logps, coef = (x if door.kept is None else x[door.kept] for x in (logps, grad))
     columns, owned = head.local(door.targets)

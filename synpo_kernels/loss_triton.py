@@ -21,7 +21,7 @@ from torch import Tensor
 from .pair_loss import _synpo_loss
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("B", "pairs"))  # one kernel for any number of pairs
 def _synpo_kernel(
     logps, cu_seqlens, loss, chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, language, coef,
     B, pairs, alpha, beta, SIGMOID: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,

@@ -153,7 +153,7 @@ def _chunks(bounds: list[int], row_bytes: int, workspace: int) -> list[tuple[lis
 
 def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor | None, out: Gradients) -> Tensor:
     """Log-probs (n,) of all pairs, chunk by chunk of whole pairs; gradients into ``out``."""
-    bounds, device = door.bounds, door.hidden.device
+    bounds, cu, device = door.bounds, door.cu_seqlens, door.hidden.device
     pairs = len(bounds) // 2
     logps = torch.empty(len(door.targets), dtype=accumulator(door.hidden.dtype), device=device)
     row_bytes = widest_slice(head) * tile_dtype(door.hidden).itemsize
@@ -162,13 +162,13 @@ def _trainable(door: Door, head: Head, loss: _Loss, coupled: bool, refs: Tensor 
     for members, fits in chunks:
         first, last = members[0], members[-1] + 1
         spans = [(bounds[first], bounds[last]), (bounds[pairs + first], bounds[pairs + last])]
-        local = [bounds[i] - bounds[first] for i in range(first, last + 1)]
-        local += [local[-1] + bounds[pairs + i] - bounds[pairs + first] for i in range(first + 1, last + 1)]
-        cu_seqlens = torch.tensor(local, device=device)
+        # On the device, from what is there: a copy from the host would wait for the chunks before.
+        chosen, rejected = (cu[first : last + 1], cu[pairs + first : pairs + last + 1])
+        cu_seqlens = torch.cat([chosen - chosen[0], (rejected - rejected[0])[1:] + (chosen[-1] - chosen[0])])
         ref = None if refs is None else torch.cat([refs[first:last], refs[pairs + first : pairs + last]])
 
-        def coefficients(chunk_logps: Tensor, cu: Tensor = cu_seqlens, ref: Tensor | None = ref) -> Tensor:
-            return loss.evaluate(chunk_logps, cu, ref).coef
+        def coefficients(chunk_logps: Tensor, cu_seqlens: Tensor = cu_seqlens, ref: Tensor | None = ref) -> Tensor:
+            return loss.evaluate(chunk_logps, cu_seqlens, ref).coef
 
         hidden, targets = (torch.cat([x[a:b] for a, b in spans]) for x in (door.hidden, door.targets))
         part = out._replace(hidden=None if out.hidden is None else out.hidden.new_empty(hidden.shape))
@@ -218,7 +218,7 @@ def _pair_loss(
     head = open_head(weight, bias, options)
     door = compact(hidden, labels, cu_seqlens, options, vocabulary_size(head), "labels")
     _refuse_empty_answers(door.bounds, options.ignore_index)
-    cu = torch.tensor(door.bounds, device=hidden.device)
+    cu = door.cu_seqlens
     refs = _references(ref_logps, door, labels)
     if refs is not None and len(refs) != len(cu) - 1:
         refs = objectives.segment_sums(refs, cu)
@@ -400,7 +400,7 @@ class FusedPreferenceLoss(nn.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         door = compact(flat, labels, cu_seqlens, options, vocabulary_size(open_head(weight, bias, options)), "labels")
         _refuse_empty_answers(door.bounds, options.ignore_index)
-        bounds = torch.tensor(door.bounds, device=hidden.device)
+        bounds = door.cu_seqlens
         refs = _references(ref_logps, door, labels)
         logps = linear_logps(door.hidden, weight, door.targets, bias=bias, **self.options)
         losses = objective(logps, bounds, ref_logps=refs, **self.hyperparameters)

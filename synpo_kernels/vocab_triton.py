@@ -33,6 +33,9 @@ from .tiling import PassTile, ScoreTile
 from .vocab_passes import GUARD
 
 _RESCALE_ROWS = 16
+# Arguments that change from batch to batch and help no address: a kernel for n = 1 and one for n divisible by 16
+# would be compiled in the middle of a run.
+_COUNTS = ("n", "parts", "first_part")
 
 
 @triton.jit
@@ -88,7 +91,7 @@ def _finish_part(
             tl.store(at, e.to(tile.dtype.element_ty), mask=m_rows[:, None] & (columns < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _score_kernel(
     hidden, weight, tile, bias, targets, reference, sums, shifts,
     n, H, V, parts, hidden_stride, weight_stride, tile_stride, logit_scale, softcap, guard,
@@ -144,7 +147,7 @@ def _score_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _pass_kernel(
     raw, tile, bias, targets, reference, sums, shifts,
     n, V, parts, first_part, raw_stride, tile_stride, logit_scale, softcap, guard,
@@ -164,7 +167,7 @@ def _pass_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _reduce_kernel(part_sums, part_shifts, sums, shifts, parts, BLOCK: tl.constexpr):
     """One row's shift and sum from its parts, in the order of the vocabulary whatever the grid was."""
     row = tl.program_id(0)
@@ -183,7 +186,7 @@ def _reduce_kernel(part_sums, part_shifts, sums, shifts, parts, BLOCK: tl.conste
     tl.store(sums + row, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _rescale_kernel(tile, part_shifts, shifts, n, V, parts, tile_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Parts of the stored tile brought to their row's shift; nothing is read or written where all stand there."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
