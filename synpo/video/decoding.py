@@ -1,0 +1,276 @@
+"""One sequential decode of a video gives the frames of the whole and of all its clips."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+
+from .images import Images, display_matrix, oriented
+from .policy import FramePolicy, choose_times
+from .source import MAX_PIXELS, Deadline, Timeline, VideoError, describe, opened, packets, scan
+
+Bounds = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file holds, for provenance and reports.
+
+    width, height: pixels as shown, rotation applied. frames, duration (s): counted from the packets.
+    fps: frames / duration. timing: "stamps", or "count" where the time stamps were missing or went back, so that
+    frames are timed by their number. header_duration (s): what the header states, None if nothing; a large difference
+    means a truncated file. cut_off: the read error that ended the file early, or "".
+    """
+
+    container: str
+    codec: str
+    width: int
+    height: int
+    frames: int
+    duration: float
+    fps: float
+    variable_rate: bool
+    timing: str
+    header_duration: float | None
+    cut_off: str
+
+
+@dataclass(frozen=True)
+class View:
+    """Frames that stand for the stretch [start, end) of a video, both in seconds.
+
+    times: (F,) float64, seconds at which each frame begins to be shown, rising. All seconds of a Video count from the
+    first frame, or from the start of the section that was asked for.
+    """
+
+    start: float
+    end: float
+    times: np.ndarray
+    images: tuple[np.ndarray, ...]  # views that show one frame share its array
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(F, H, W, 3) uint8, RGB; a new array at every access."""
+        return np.stack(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Video:
+    """The frames that were chosen of a video: of the whole, and of each of its clips.
+
+    path: the file, or a description of the bytes. duration: seconds of the whole view. damaged: packets that could
+    not be decoded and frames that the decoder marks as incomplete, among those that were read.
+    """
+
+    path: str
+    facts: Facts
+    whole: View
+    clips: tuple[View, ...]
+    damaged: int
+
+    @property
+    def duration(self) -> float:
+        return self.whole.end - self.whole.start
+
+    @property
+    def frames(self) -> np.ndarray:
+        """(F, H, W, 3) uint8, RGB, of the whole view; a new array at every access."""
+        return self.whole.frames
+
+    @property
+    def times(self) -> np.ndarray:
+        """(F,) seconds of the whole view's frames."""
+        return self.whole.times
+
+
+def probe(source: str | Path | bytes, *, time_limit: float = 60.0) -> Facts:
+    """What a file holds, from its packets and one decoded frame. VideoError as for decode."""
+    deadline = Deadline(describe(source), time_limit)
+    timeline = scan(source, deadline)
+    reader = _Reader(source, timeline, 1, deadline)
+    next(reader.frames(timeline.ticks[0]), None)
+    if reader.known is None:
+        raise VideoError(deadline.name, "none of its frames can be decoded")
+    return reader.known
+
+
+def decode(
+    source: str | Path | bytes,
+    policy: FramePolicy = FramePolicy(),  # noqa: B008 - frozen
+    *,
+    clips: Callable[[float], Bounds] | None = None,
+    clip_policy: FramePolicy | None = None,
+    section: tuple[float, float] | None = None,
+    each: Callable[[np.ndarray], np.ndarray] | None = None,
+    threads: int = 0,
+    time_limit: float = 600.0,
+    tolerance: float = 0.1,
+    max_bytes: int = 2 << 30,
+) -> Video:
+    """The frames of a video that stand for it as a whole, and for each clip, from one sequential decode.
+
+    The frame of a moment is the one on screen then, by presentation time; FramePolicy says which moments. Rotation
+    and mirroring that the file asks for are applied; pixels that are not square stay as they are stored.
+
+    Args:
+        source: a file, or a file's content. Never an address, a pipe or a playlist.
+        policy: frames of the whole.
+        clips: from the duration in seconds to the clips' (start, end); clip_bounds is the paper's. None: no clips.
+        clip_policy: frames of each clip; None means policy.
+        section: (start, end) in seconds of the file; what lies outside does not exist for this call.
+        each: applied to every chosen frame, (H, W, 3) uint8 to the same, as it is decoded: PixelSpec.resize keeps
+            the memory of long or large videos small.
+        threads: of the decoder; 0 lets FFmpeg choose. Frames do not depend on it.
+        time_limit: seconds for this call.
+        tolerance: the share of what is read that may be damaged.
+        max_bytes: the most that the chosen frames may take.
+
+    Raises:
+        VideoError: names the file and the cause: missing, empty, not a video, without a video stream, without a frame
+            that can be decoded, damaged beyond tolerance, over time_limit or max_bytes.
+        ValueError: arguments out of range.
+    """
+    deadline = Deadline(describe(source), time_limit)
+    timeline = scan(source, deadline)
+    start, end = _section(section, timeline, deadline.name)
+    stretches = [(start, end, policy)]
+    for clip_start, clip_end in clips(end - start) if clips else ():
+        if not 0 <= clip_start < clip_end:
+            raise ValueError(f"clips: 0 <= start < end must hold, not {(clip_start, clip_end)}")
+        stretches.append((start + clip_start, min(start + clip_end, end), clip_policy or policy))
+    moments = [
+        choose_times(timeline.ticks, timeline.at(a), timeline.at(b), b - a, policy) for a, b, policy in stretches
+    ]
+    wanted = sorted({moment for chosen in moments for moment in chosen})
+    reader = _Reader(source, timeline, threads, deadline)
+    shown = _collect(reader, wanted, each, max_bytes)
+    if reader.damaged > tolerance * reader.read:
+        raise VideoError(
+            deadline.name, f"{reader.damaged} of {reader.read} frames are damaged, more than tolerance={tolerance:g}"
+        )
+    views = []
+    for (a, b, _), chosen in zip(stretches, moments, strict=True):
+        times = np.array([float((shown[m].tick - timeline.ticks[0]) * timeline.time_base) for m in chosen]) - start
+        views.append(View(a - start, b - start, times, tuple(shown[m].image for m in chosen)))
+    assert reader.known is not None  # a frame was collected
+    return Video(deadline.name, reader.known, views[0], tuple(views[1:]), reader.damaged)
+
+
+def _section(section: tuple[float, float] | None, timeline: Timeline, name: str) -> tuple[float, float]:
+    if section is None:
+        return 0.0, timeline.seconds
+    start, end = section
+    if not 0 <= start < end:
+        raise ValueError(f"section: 0 <= start < end must hold, not {section}")
+    if start >= timeline.seconds:
+        raise VideoError(name, f"section {section} begins after its end at {timeline.seconds:.3f} s")
+    return start, min(end, timeline.seconds)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    tick: int
+    image: np.ndarray
+
+
+def _collect(
+    reader: "_Reader", wanted: list[int], each: Callable[[np.ndarray], np.ndarray] | None, max_bytes: int
+) -> dict[int, _Shown]:
+    """The frame on screen at each wanted moment (ticks, rising); one is held back until its successor is known."""
+    shown: dict[int, _Shown] = {}
+    images = Images(each, max_bytes, reader.deadline.name)
+    waiting = iter([*wanted, None])
+    moment = next(waiting)
+    held: tuple[int, av.VideoFrame] | None = None
+    for tick, frame in reader.frames(wanted[0]):
+        if held is not None and moment is not None and moment < tick:
+            found = _Shown(held[0], images.of(held[1]))
+            while moment is not None and moment < tick:
+                shown[moment] = found
+                moment = next(waiting)
+        held = tick, frame
+        if moment is None:
+            break
+    if held is None:
+        raise VideoError(reader.deadline.name, "none of its frames can be decoded")
+    if moment is not None:  # the last frame stays; so it does where the end cannot be decoded
+        found = _Shown(held[0], images.of(held[1]))
+        while moment is not None:
+            shown[moment] = found
+            moment = next(waiting)
+    return shown
+
+
+class _Reader:
+    """Decoded frames of a file in the order of presentation, and what was met on the way.
+
+    read: packets given to the decoder. damaged: those it refused, and frames it marked. known: facts, from the first
+    frame on.
+    """
+
+    def __init__(self, source: str | Path | bytes, timeline: Timeline, threads: int, deadline: Deadline) -> None:
+        if threads < 0:
+            raise ValueError(f"threads must be 0 (FFmpeg's choice) or more, not {threads}")
+        self.source = source
+        self.timeline = timeline
+        self.threads = threads
+        self.deadline = deadline
+        self.read = self.damaged = 0
+        self.known: Facts | None = None
+
+    def frames(self, tick: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(tick, frame) of every frame from the one on screen at `tick` on, and of some before it."""
+        first = self.timeline.first_packet(tick)
+        count, last = 0, self.timeline.ticks[0]
+        with opened(self.source, self.deadline) as (container, stream):
+            context = stream.codec_context
+            context.thread_type = "AUTO"
+            context.thread_count = self.threads
+            context.options = {"max_pixels": str(MAX_PIXELS)}
+            numbered = enumerate(packets(container, stream, self.deadline, []))
+            for packet in chain((p for n, p in numbered if n >= first), [None]):
+                for frame in self._decoded(context, packet):
+                    last = max(last, self._tick(frame, count, last))
+                    count += 1
+                    if self.known is None:
+                        self.known = self._facts(container.format.name, context.name, frame)
+                    yield last, frame
+
+    def _decoded(self, context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+        self.deadline.check()
+        self.read += packet is not None
+        try:
+            frames = context.decode(packet)
+        except av.FFmpegError:
+            self.damaged += 1
+            return []
+        self.damaged += sum(frame.is_corrupt for frame in frames)
+        return frames
+
+    def _tick(self, frame: av.VideoFrame, count: int, last: int) -> int:
+        if self.timeline.by_count:
+            return self.timeline.ticks[min(count, len(self.timeline.ticks) - 1)]
+        return last if frame.pts is None else frame.pts
+
+    def _facts(self, container: str, codec: str, frame: av.VideoFrame) -> Facts:
+        upright = oriented(np.empty((frame.height, frame.width, 0), np.uint8), display_matrix(frame))
+        timeline, frames = self.timeline, len(self.timeline.ticks)
+        return Facts(
+            container=container,
+            codec=codec,
+            width=upright.shape[1],
+            height=upright.shape[0],
+            frames=frames,
+            duration=timeline.seconds,
+            fps=frames / timeline.seconds,
+            variable_rate=timeline.variable_rate,
+            timing="count" if timeline.by_count else "stamps",
+            header_duration=timeline.header_seconds,
+            cut_off=timeline.cut_off,
+        )
