@@ -7,7 +7,11 @@ video.frames[contrast_subset(len(video.times))]  # contrastive decoding's poorer
 """
 
 from .decoding import Facts, Video, View, decode, probe
+from .pixels import PixelSpec, pixels
 from .policy import FramePolicy, clip_bounds, contrast_subset
 from .source import VideoError
 
-__all__ = ["Facts", "FramePolicy", "Video", "VideoError", "View", "clip_bounds", "contrast_subset", "decode", "probe"]
+__all__ = [
+    "Facts", "FramePolicy", "PixelSpec", "Video", "VideoError", "View", "clip_bounds", "contrast_subset", "decode",
+    "pixels", "probe",
+]  # fmt: skip

@@ -1,5 +1,6 @@
 """One sequential decode of a video gives the frames of the whole and of all its clips."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -107,7 +108,7 @@ def decode(
     clips: Callable[[float], Bounds] | None = None,
     clip_policy: FramePolicy | None = None,
     section: tuple[float, float] | None = None,
-    each: Callable[[np.ndarray], np.ndarray] | None = None,
+    each: Callable[[np.ndarray, int], np.ndarray] | None = None,
     threads: int = 0,
     time_limit: float = 600.0,
     tolerance: float = 0.1,
@@ -124,8 +125,8 @@ def decode(
         clips: from the duration in seconds to the clips' (start, end); clip_bounds is the paper's. None: no clips.
         clip_policy: frames of each clip; None means policy.
         section: (start, end) in seconds of the file; what lies outside does not exist for this call.
-        each: applied to every chosen frame, (H, W, 3) uint8 to the same, as it is decoded: PixelSpec.resize keeps
-            the memory of long or large videos small.
+        each: from a chosen frame (H, W, 3) uint8 and the number of frames in its view to what is kept of it, as it is
+            decoded: PixelSpec.resize keeps the memory of many or large frames small.
         threads: of the decoder; 0 lets FFmpeg choose. Frames do not depend on it.
         time_limit: seconds for this call.
         tolerance: the share of what is read that may be damaged.
@@ -147,17 +148,21 @@ def decode(
     moments = [
         choose_times(timeline.ticks, timeline.at(a), timeline.at(b), b - a, policy) for a, b, policy in stretches
     ]
-    wanted = sorted({moment for chosen in moments for moment in chosen})
+    wanted: dict[int, set[int]] = {}
+    for chosen in moments:
+        for moment in chosen:
+            wanted.setdefault(moment, set()).add(len(chosen))
     reader = _Reader(source, timeline, threads, deadline)
-    shown = _collect(reader, wanted, each, max_bytes)
+    shown = _collect(reader, wanted, Images(each, max_bytes, deadline.name))
     if reader.damaged > tolerance * reader.read:
         raise VideoError(
             deadline.name, f"{reader.damaged} of {reader.read} frames are damaged, more than tolerance={tolerance:g}"
         )
     views = []
     for (a, b, _), chosen in zip(stretches, moments, strict=True):
-        times = np.array([float((shown[m].tick - timeline.ticks[0]) * timeline.time_base) for m in chosen]) - start
-        views.append(View(a - start, b - start, times, tuple(shown[m].image for m in chosen)))
+        ticks, images = zip(*(shown[moment, len(chosen)] for moment in chosen), strict=True)
+        times = [float((tick - timeline.ticks[0]) * timeline.time_base) - start for tick in ticks]
+        views.append(View(a - start, b - start, np.array(times), images))
     assert reader.known is not None  # a frame was collected
     return Video(deadline.name, reader.known, views[0], tuple(views[1:]), reader.damaged)
 
@@ -173,37 +178,36 @@ def _section(section: tuple[float, float] | None, timeline: Timeline, name: str)
     return start, min(end, timeline.seconds)
 
 
-@dataclass(frozen=True)
-class _Shown:
-    tick: int
-    image: np.ndarray
-
-
 def _collect(
-    reader: "_Reader", wanted: list[int], each: Callable[[np.ndarray], np.ndarray] | None, max_bytes: int
-) -> dict[int, _Shown]:
-    """The frame on screen at each wanted moment (ticks, rising); one is held back until its successor is known."""
-    shown: dict[int, _Shown] = {}
-    images = Images(each, max_bytes, reader.deadline.name)
-    waiting = iter([*wanted, None])
-    moment = next(waiting)
+    reader: "_Reader", wanted: dict[int, set[int]], images: Images
+) -> dict[tuple[int, int], tuple[int, np.ndarray]]:
+    """(tick, image) of the frame on screen at each wanted moment, for each size of view: wanted is moment -> sizes.
+
+    One frame is held back until its successor is known. The last one stays; so it does where the end cannot be decoded.
+    """
+    shown: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+    waiting = sorted(wanted, reverse=True)
     held: tuple[int, av.VideoFrame] | None = None
-    for tick, frame in reader.frames(wanted[0]):
-        if held is not None and moment is not None and moment < tick:
-            found = _Shown(held[0], images.of(held[1]))
-            while moment is not None and moment < tick:
-                shown[moment] = found
-                moment = next(waiting)
+
+    def settle(before: float) -> None:
+        tick, frame = held
+        made: dict[int, np.ndarray] = {}
+        while waiting and waiting[-1] < before:
+            moment = waiting.pop()
+            for count in wanted[moment]:
+                if count not in made:
+                    made[count] = images.of(frame, count)
+                shown[moment, count] = tick, made[count]
+
+    for tick, frame in reader.frames(waiting[-1]):
+        if held is not None:
+            settle(tick)
         held = tick, frame
-        if moment is None:
+        if not waiting:
             break
     if held is None:
         raise VideoError(reader.deadline.name, "none of its frames can be decoded")
-    if moment is not None:  # the last frame stays; so it does where the end cannot be decoded
-        found = _Shown(held[0], images.of(held[1]))
-        while moment is not None:
-            shown[moment] = found
-            moment = next(waiting)
+    settle(math.inf)
     return shown
 
 

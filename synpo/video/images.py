@@ -14,35 +14,38 @@ IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 
 
 class Images:
-    """Decoded frames as arrays of one shape, within max_bytes."""
+    """Decoded frames as arrays, those of views of one size in one shape, within max_bytes."""
 
-    def __init__(self, each: Callable[[np.ndarray], np.ndarray] | None, max_bytes: int, name: str) -> None:
+    def __init__(self, each: Callable[[np.ndarray, int], np.ndarray] | None, max_bytes: int, name: str) -> None:
         self.each = each
-        self.left = max_bytes
-        self.max_bytes = max_bytes
+        self.left = self.max_bytes = max_bytes
         self.name = name
-        self.shape: tuple[int, ...] | None = None
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.latest: tuple[av.VideoFrame, np.ndarray] | None = None
 
-    def of(self, frame: av.VideoFrame) -> np.ndarray:
-        """(H, W, 3) uint8, RGB, upright."""
-        try:
-            image = oriented(frame.to_ndarray(format="rgb24"), display_matrix(frame))
-        except (av.FFmpegError, ValueError) as error:
-            raise VideoError(self.name, f"has pixels that cannot be shown as RGB ({error})") from error
+    def of(self, frame: av.VideoFrame, count: int) -> np.ndarray:
+        """(H, W, 3) uint8, RGB, upright, of a frame in a view of `count` frames."""
+        image = self._upright(frame)
         if self.each is not None:
-            image = self.each(image)
-        if self.shape is None:
-            self.shape = image.shape
-        elif image.shape != self.shape:  # the resolution changes within the stream: the first frame's is kept
-            height, width, _ = self.shape
-            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+            image = self.each(image, count)
+        shape = self.shapes.setdefault(count, image.shape)
+        if image.shape != shape:  # the resolution changes within the stream: the first frame's is kept
+            image = np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
         self.left -= image.nbytes
         if self.left < 0:
             raise VideoError(
-                self.name,
-                f"its chosen frames take more than max_bytes={self.max_bytes}; shrink each frame or take fewer",
+                self.name, f"chosen frames take more than max_bytes={self.max_bytes}; give `each` or take fewer frames"
             )
-        return np.ascontiguousarray(image)
+        return image
+
+    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
+        if self.latest is None or self.latest[0] is not frame:
+            try:
+                image = oriented(frame.to_ndarray(format="rgb24"), display_matrix(frame))
+            except (av.FFmpegError, ValueError) as error:
+                raise VideoError(self.name, f"has pixels that cannot be shown as RGB ({error})") from error
+            self.latest = frame, np.ascontiguousarray(image)
+        return self.latest[1]
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
