@@ -1,59 +1,50 @@
 """`synpo train`: from a file of pairs to an adapter, with an evaluation before and after."""
 
 import argparse
-import dataclasses
-import difflib
-import json
 import logging
 import shlex
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser
 
+from ..options import add_options, field_names, given_options, option
 from ..pairs import apply_filters, load_pairs, split_pairs
+from ..pretrained import DTYPES, load_model, load_tokenizer
 from ..run_files import read_json_lines, write_atomically
 from . import checkpoints
 from .config import SynPOConfig, own_fields
 from .diagnostics import Change, paired_bootstrap
-from .model import LORA_TARGETS, load_model, load_tokenizer, lora_recipe
+from .model import LORA_TARGETS, lora_recipe
 from .trainer import PAIRS_FOLDER, SynPOTrainer
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class RunConfig:
     """What `synpo train` needs beside SynPOConfig."""
 
-    model: str = _option("", "Model to train: a hub name, a folder, or a .gguf file. Required.")
-    data: str = _option("", "File or folder of preference pairs (JSONL, JSON, parquet). Required.")
-    eval_data: str = _option("", "Held-out pairs for the evaluation before and after. Default: split off the data.")
-    eval_fraction: float = _option(0.1, "Share of the pairs held out where eval_data is not given; 0: no evaluation.")
-    max_train_pairs: int | None = _option(None, "Train on the first so many pairs only.")
-    max_eval_pairs: int | None = _option(None, "Evaluate the first so many held-out pairs only.")
-    format: str = _option("auto", "Format of the pairs; see docs/data.md.")
-    dtype: str | None = _option(
+    model: str = option("", "Model to train: a hub name, a folder, or a .gguf file. Required.")
+    data: str = option("", "File or folder of preference pairs (JSONL, JSON, parquet). Required.")
+    eval_data: str = option("", "Held-out pairs for the evaluation before and after. Default: split off the data.")
+    eval_fraction: float = option(0.1, "Share of the pairs held out where eval_data is not given; 0: no evaluation.")
+    max_train_pairs: int | None = option(None, "Train on the first so many pairs only.")
+    max_eval_pairs: int | None = option(None, "Evaluate the first so many held-out pairs only.")
+    format: str = option("auto", "Format of the pairs; see docs/data.md.")
+    dtype: str | None = option(
         None, "Model weights: float32, bfloat16, float16, auto. Default: float32 on a CPU, else auto."
     )
-    full: bool = _option(False, "Train all weights rather than a LoRA adapter.")
-    lora_r: int = _option(128, "Rank of the adapter.")
-    lora_alpha: float = _option(64, "Scale of the adapter: its output is multiplied with lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.05, "Dropout before the adapter.")
-    lora_targets: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Names of the layers that get an adapter."}
-    )
+    full: bool = option(False, "Train all weights rather than a LoRA adapter.")
+    lora_r: int = option(128, "Rank of the adapter.")
+    lora_alpha: float = option(64, "Scale of the adapter: its output is multiplied with lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Dropout before the adapter.")
+    lora_targets: list[str] = option(list(LORA_TARGETS), "Names of the layers that get an adapter.")
 
     def __post_init__(self) -> None:
         for name in ("model", "data"):
@@ -69,61 +60,21 @@ class RunConfig:
                 raise ValueError(f"{name} is {value}; it has to be at least 1")
 
 
-def _flags() -> HfArgumentParser:
-    """A flag for every field of RunConfig and SynPOConfig; what is not given stays out of the namespace."""
-    parser = HfArgumentParser((RunConfig, SynPOConfig), allow_abbrev=False, add_help=False)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser
+OPTIONS = (RunConfig, SynPOConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, and a flag for every option."""
     parser.usage = "synpo train [--config FILE.yaml] [--name value ...]"
-    parser.add_argument("--config", metavar="FILE.yaml", help="options as YAML, `name: value`; flags win over it")
-    own = {f.name for f in dataclasses.fields(RunConfig)} | set(own_fields())
-    groups = [parser.add_argument_group(title) for title in ("options of synpo", "options of TrainingArguments")]
-    for action in _flags()._actions:
-        groups[action.dest not in own]._add_action(action)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options of a YAML file, checked and converted as flags are.
-
-    Errors: ValueError for a file that is not YAML, an unknown option (the nearest name is suggested) or a wrong value.
-    """
-    where = f"config {str(path)!r}"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{where}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} holds a {type(content).__name__}; lines of `name: value` are needed")
-    parser = _flags()
-    known = {action.dest for action in parser._actions}
-    flags = []
-    for name, value in content.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(f"{where}: there is no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            flags += [f"--{name}", *map(str, values)]
-    parser.error = lambda message: _raise(f"{where}: {message}")  # argparse would print its usage and exit
-    return vars(parser.parse_args(flags))
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
+    own = {*field_names(RunConfig), *own_fields()}
+    titles = ("options of TrainingArguments", "options of synpo")
+    add_options(parser, *OPTIONS, group_of=lambda name: titles[name in own])
 
 
 def main(args: argparse.Namespace) -> int:
     """Train, print the held-out metrics before and after, and leave adapter, metrics and options in output_dir."""
-    given = {} if args.config is None else read_config(Path(args.config))
-    given |= {name: value for name, value in vars(args).items() if name not in ("config", "command", "debug")}
-    own = {f.name for f in dataclasses.fields(RunConfig)}
+    given = given_options(args, *OPTIONS)
+    own = field_names(RunConfig)
     run = RunConfig(**{name: value for name, value in given.items() if name in own})
     config = SynPOConfig(**{name: value for name, value in given.items() if name not in own})
     resume = _prepare_folder(Path(config.output_dir), given, config.resume_from_checkpoint)

@@ -2,18 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
 from synpo_kernels import objectives
 
+from ..options import option
+
 TRUNCATIONS = ("cut", "drop", "error")
 SAMPLINGS = ("random", "sequential", "group_by_length")
-
-
-def _option(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
@@ -26,54 +23,54 @@ class SynPOConfig(TrainingArguments):
     Errors: ValueError naming the field, the value given and what is allowed.
     """
 
-    objective: str = _option("synpo", f"Loss on a pair: {', '.join(objectives.REGISTRY)}.")
-    alpha: float | None = _option(None, "synpo: sharpness of the ranking term (paper: alpha). Default 30.")
-    beta: float | None = _option(
+    objective: str = option("synpo", f"Loss on a pair: {', '.join(objectives.REGISTRY)}.")
+    alpha: float | None = option(None, "synpo: sharpness of the ranking term (paper: alpha). Default 30.")
+    beta: float | None = option(
         None, "Weight of synpo's language term or orpo's odds ratio, inverse temperature elsewhere (paper: beta). "
         "Default: synpo 0.2, simpo 2, others 0.1.",
     )  # fmt: skip
-    form: str | None = _option(None, 'synpo: ranking function, "sigmoid" or "logsigmoid". Default "sigmoid".')
-    gamma: float | None = _option(None, "simpo: target margin in units of the reward (paper: gamma). Default 0.5.")
-    dpop_lambda: float | None = _option(
+    form: str | None = option(None, 'synpo: ranking function, "sigmoid" or "logsigmoid". Default "sigmoid".')
+    gamma: float | None = option(None, "simpo: target margin in units of the reward (paper: gamma). Default 0.5.")
+    dpop_lambda: float | None = option(
         None, "dpop: penalty on a chosen answer less likely than under the reference (paper: lambda). Default 50."
     )
-    max_length: int = _option(2560, "Longest sequence in tokens, prompt and answer together.")
-    truncation: str = _option(
+    max_length: int = option(2560, "Longest sequence in tokens, prompt and answer together.")
+    truncation: str = option(
         "cut", "Pairs longer than max_length: cut (the prompt from the left down to a quarter of max_length, then the "
         "answer before its end token), drop, or error. Counted and logged in any case.",
     )  # fmt: skip
-    min_score_gap: float | None = _option(
+    min_score_gap: float | None = option(
         None, "Train only on pairs whose score_chosen - score_rejected is at least this (paper: 4). Default: all pairs."
     )
-    precompute_ref_logps: bool = _option(
+    precompute_ref_logps: bool = option(
         False, "dpo, dpop, ipo, kto: compute the reference's log-probs once, before training, and keep them on disk."
     )
-    ref_cache_dir: str | None = _option(
+    ref_cache_dir: str | None = option(
         None, "Directory of the precomputed reference log-probs. Default: output_dir/reference."
     )
-    tokens_per_pass: int | None = _option(
+    tokens_per_pass: int | None = option(
         None, "Most tokens, padding included, that go through the model at once; a larger micro-batch takes several "
         "passes with the same gradient, a pair is never split. Default: 1024 on a CPU, no bound elsewhere.",
     )  # fmt: skip
-    fused: bool = _option(True, "False: full logits and plain PyTorch losses, for comparison only.")
-    workspace_mb: int | None = _option(
+    fused: bool = option(True, "False: full logits and plain PyTorch losses, for comparison only.")
+    workspace_mb: int | None = option(
         None, "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU, 640 to 1300 on a GPU."
     )
-    max_nonfinite_steps: int = _option(
+    max_nonfinite_steps: int = option(
         10, "Stop when this many optimizer steps of the run were skipped for a NaN or infinite loss or gradient."
     )
 
-    learning_rate: float = _option(5e-6, "Initial learning rate of AdamW.")
-    warmup_steps: float = _option(0.1, "Warm-up: optimizer steps, or a share of them where below 1.")
-    num_train_epochs: float = _option(5.0, "Passes over the training pairs.")
-    per_device_train_batch_size: int = _option(1, "Pairs per micro-batch and device.")
-    per_device_eval_batch_size: int = _option(1, "Pairs per evaluation batch and device.")
-    gradient_accumulation_steps: int = _option(32, "Micro-batches per optimizer step.")
-    logging_steps: float = _option(1, "Optimizer steps between log lines, or a share of all where below 1.")
-    logging_nan_inf_filter: bool = _option(
+    learning_rate: float = option(5e-6, "Initial learning rate of AdamW.")
+    warmup_steps: float = option(0.1, "Warm-up: optimizer steps, or a share of them where below 1.")
+    num_train_epochs: float = option(5.0, "Passes over the training pairs.")
+    per_device_train_batch_size: int = option(1, "Pairs per micro-batch and device.")
+    per_device_eval_batch_size: int = option(1, "Pairs per evaluation batch and device.")
+    gradient_accumulation_steps: int = option(32, "Micro-batches per optimizer step.")
+    logging_steps: float = option(1, "Optimizer steps between log lines, or a share of all where below 1.")
+    logging_nan_inf_filter: bool = option(
         False, "Kept off: non-finite losses are counted and logged, never averaged out."
     )
-    remove_unused_columns: bool = _option(False, "Kept off: columns are chosen by name when pairs are tokenised.")
+    remove_unused_columns: bool = option(False, "Kept off: columns are chosen by name when pairs are tokenised.")
     report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser takes the second type for the flag's
         default="none", metadata={"help": "Integrations that logs go to beside metrics.jsonl."}
     )

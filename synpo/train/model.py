@@ -1,14 +1,12 @@
-"""Models: loading, adapters, and the hand-over of lm_head to a loss that needs no logits."""
+"""Models: adapters, and the hand-over of lm_head to a loss that needs no logits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,51 +17,6 @@ def lora_recipe(
     """The SynPO release's LoRA: rank 128, alpha 64, dropout 0.05 on all projections of attention and MLP."""
     targets = targets if isinstance(targets, str) else list(targets)
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-
-
-def _location(name: str) -> tuple[str, dict[str, str]]:
-    """from_pretrained's arguments for a hub name, a folder, a .gguf file, or a folder whose only model is one .gguf
-    file.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"model {name!r}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
-    if not path.is_dir():
-        if path.is_absolute() or name.startswith((".", "~")):
-            raise FileNotFoundError(f"model {name!r}: no such folder")
-        return name, {}
-    if (path / "config.json").exists():
-        return str(path), {}
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"model {name!r}: the folder needs a config.json or exactly one .gguf file; it has {len(found)} .gguf files"
-        )
-    return str(path), {"gguf_file": found[0].name}
-
-
-def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """A causal language model by name or path; dtype None: float32 on a machine without an accelerator, else the
-    checkpoint's own.
-    """
-    where, options = _location(name)
-    if dtype is None:
-        dtype = "auto" if torch.accelerator.is_available() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-    if "gguf_file" in options:
-        # The weights were dequantised while loading; the marks of their former format would forbid training them.
-        for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
-            model.__dict__.pop(mark, None)
-        model.config.__dict__.pop("quantization_config", None)
-    return model
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model's name or path."""
-    where, options = _location(name)
-    return AutoTokenizer.from_pretrained(where, **options)
 
 
 class Head(NamedTuple):

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
+from ..pretrained import load_model, load_tokenizer
 from ..run_files import append_json_line, write_json_lines
 from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics
-from .model import load_model, load_tokenizer
 from .passes import PairScorer
 from .references import References
 from .tokenise import PairTokenizer

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from synpo import cli, environment
+from synpo.options import read_config
 from synpo.train import command
 from tests.train import tiny
 
@@ -168,7 +169,7 @@ def test_yaml_numbers_lists_and_dicts_are_read_as_flags_are(tmp_path: Path) -> N
     text = "learning_rate: 5e-6\nlora_targets: [q_proj, v_proj]\naccelerator_config: {split_batches: false}\nbf16: no\n"
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    found = command.read_config(path)
+    found = read_config(path, *command.OPTIONS)
     assert found["learning_rate"] == 5e-6
     assert found["lora_targets"] == ["q_proj", "v_proj"]
     assert found["bf16"] is False

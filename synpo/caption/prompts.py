@@ -1,0 +1,165 @@
+"""From an instruction and a video's features to the rows of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .features import Features, Words, family_of
+
+DESCRIBE = "Describe this video in detail: the setting, the people and objects in it, and what happens, in order."
+# For clip captions that candidates are judged against (arXiv 2506.00835): what is not sure must not be in them.
+CERTAIN = f"{DESCRIBE} Leave out whatever you are not certain of."
+REVISE = (
+    "{instruction}\nHere is a description of this video that you wrote before:\n{caption}\nLook at the video again. "
+    "Correct what is wrong in it, add what is missing, and answer with the better description alone."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row: ids (T,) int64 on the CPU, and the features whose vectors replace its placeholders, if any."""
+
+    ids: Tensor
+    features: Features | None = None
+
+
+def make_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruction: str, features: Features | None = None
+) -> Prompt:
+    """The model's own chat format around a video, if any, and an instruction; without a chat template the two alone.
+
+    Errors: ValueError for an empty instruction, a template without a place for videos, a tokenizer of another model.
+    """
+    if not instruction.strip():
+        raise ValueError("the instruction is empty; say what is to be written")
+    text = _render(model, tokenizer, instruction, features)
+    special = tokenizer.chat_template is None
+    ids = torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.int64)
+    if special and len(ids) and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    if not len(ids):
+        raise ValueError("the prompt has no tokens")
+    entries = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= entries:
+        raise ValueError(
+            f"the tokenizer gives id {int(ids.max())}, the model's vocabulary has {entries} entries; they do not "
+            "belong together"
+        )
+    if features is not None:
+        places = int((ids == _place(model)).sum())
+        if places != len(features.vectors):
+            raise ValueError(
+                f"the prompt has {places} places for the video's {len(features.vectors)} vectors; is the placeholder a "
+                "token of its own in this tokenizer, and not in the instruction?"
+            )
+    return Prompt(ids, features)
+
+
+def without_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, text: str) -> str:
+    """A text that is to be quoted in a prompt, without anything that the tokenizer or template takes for a command."""
+    commands = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if hasattr(model.config, "vision_config"):
+        commands |= {"<image>", "<video>"}
+    while found := [command for command in commands if command and command in text]:
+        for command in found:
+            text = text.replace(command, "")
+    return text
+
+
+def batch(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Arguments of generate for these rows, left-padded: ids or, with features, embeddings; mask; mRoPE positions."""
+    ids = [prompt.ids.to(model.device) for prompt in prompts]
+    longest = max(map(len, ids))
+    mask = torch.stack([_padded(torch.ones_like(row), longest) for row in ids])
+    if all(prompt.features is None for prompt in prompts):
+        return {"input_ids": torch.stack([_padded(row, longest) for row in ids]), "attention_mask": mask}
+    rows = [_embedded(model, row, prompt.features) for row, prompt in zip(ids, prompts, strict=True)]
+    made = {
+        "inputs_embeds": torch.stack([_padded(row.T, longest).T for row in rows]),
+        "attention_mask": mask,
+    }
+    if hasattr(model.base_model, "get_rope_index"):
+        positions = [_mrope(model, row, prompt.features) for row, prompt in zip(ids, prompts, strict=True)]
+        made["position_ids"] = torch.stack([_padded(row, longest) for row in positions], dim=1)
+    return made
+
+
+def _render(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruction: str, features: Features | None
+) -> str:
+    if features is None:
+        if tokenizer.chat_template is None:
+            return instruction
+        return _chat(tokenizer, instruction, [])
+    family = family_of(model)
+    words = Words(tokenizer.convert_ids_to_tokens(_place(model)), tokenizer)
+    marker = family.marker or words.place
+    texts = family.expand(features, words)
+    if tokenizer.chat_template is None:
+        text = marker * len(texts) + "\n" + instruction
+    else:
+        text = _chat(tokenizer, instruction, [{"type": family.part}] * len(texts), marker)
+    pieces = text.split(marker)
+    if len(pieces) != len(texts) + 1:
+        raise ValueError(
+            f"the prompt has {marker!r} {len(pieces) - 1} times, {len(texts)} expected; the chat template has to "
+            f"write it once for each {family.part} part, and the instruction must not hold it"
+        )
+    return pieces[0] + "".join(text + piece for text, piece in zip(texts, pieces[1:], strict=True))
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, instruction: str, media: list[dict[str, str]], marker: str = "") -> str:
+    """The chat template's text. A template that knows plain strings only gets the markers inside the string."""
+    parts: Any = [*media, {"type": "text", "text": instruction}]
+    if not _takes_parts(tokenizer):
+        parts = marker * len(media) + ("\n" if media else "") + instruction
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    except (TemplateError, TypeError):
+        return False
+    return "'type'" not in text
+
+
+def _place(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, family_of(model).token))
+
+
+def _padded(row: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(row, (length - row.shape[-1], 0))
+
+
+def _embedded(model: PreTrainedModel, ids: Tensor, features: Features | None) -> Tensor:
+    """(T, H): token embeddings, the video's vectors in their places."""
+    with torch.no_grad():
+        found = model.get_input_embeddings()(ids)
+        if features is not None:
+            found[ids == _place(model)] = features.vectors.to(found.device, found.dtype)
+    return found
+
+
+def _mrope(model: PreTrainedModel, ids: Tensor, features: Features | None) -> Tensor:
+    """(4, T): positions in the text, then along time, height and width, as Qwen's models count them for one row."""
+    text = torch.arange(len(ids), device=ids.device)
+    if features is None:
+        return text.expand(4, -1)
+    merge = model.config.vision_config.spatial_merge_size
+    rows, columns = features.grid
+    vision, _ = model.base_model.get_rope_index(
+        ids[None],
+        mm_token_type_ids=(ids == _place(model)).int()[None] * 2,
+        video_grid_thw=torch.tensor([[len(features.units), rows * merge, columns * merge]], device=ids.device),
+        second_per_grid_ts=torch.tensor([features.seconds_per_unit], device=ids.device),
+    )
+    return torch.cat([text[None], vision[:, 0]])
