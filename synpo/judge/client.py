@@ -94,8 +94,8 @@ class ChatClient:
         self.spending.add_earlier(cache.usage())
         self.failures: Counter[str] = Counter()  # requests without an answer, by reason
         self._key = key or Key("")
-        self._options = dict(options or {})
-        if self.spending.budget is not None and _token_limit({"max_tokens": 1, **self._options}) is None:
+        self.options = dict(options or {})
+        if self.spending.budget is not None and _token_limit({"max_tokens": 1, **self.options}) is None:
             raise ValueError("options take max_tokens out of the requests; a budget needs it, or max_completion_tokens")
         self._slots = asyncio.Semaphore(concurrency)
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
@@ -144,7 +144,7 @@ class ChatClient:
             "top_p": request.top_p,
             "seed": request.seed,
             "max_tokens": request.max_tokens,
-            **self._options,
+            **self.options,
         }
         body = {name: value for name, value in body.items() if value is not None}
         content = {"body": body, "schema": request.schema, "attempt": request.attempt}

@@ -82,11 +82,11 @@ class ModelJudge:
         self._layout, self._max_tokens = layout, max_tokens
         self.settings = {
             "model": client.model,
-            "url": client.url,
             "votes": votes,
             "attempts": attempts,
             "temperature": temperature,
             "layout": layout,
+            "options": client.options,
             "max_tokens": max_tokens,
         }
 
