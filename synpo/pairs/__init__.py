@@ -1,6 +1,7 @@
 """Preference pairs: read from the formats in use, normalise, check, filter, split."""
 
 from .check import PairsReport, check_pairs
+from .conversations import load_conversations
 from .filters import FilterReport, apply_filters, split_pairs
 from .formats import FORMATS, VIDEO_PROMPT
 from .importers import as_pairs, load_pairs
@@ -16,6 +17,7 @@ __all__ = [
     "apply_filters",
     "as_pairs",
     "check_pairs",
+    "load_conversations",
     "load_pairs",
     "normalise_pair",
     "split_pairs",

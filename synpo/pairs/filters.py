@@ -61,17 +61,21 @@ class PairFilters:
 
     def keeps(self, pair: Mapping[str, Any]) -> bool:
         """Whether the pair stays; the report is brought up to date."""
-        name = self._dropped_by(pair)
+        return self.dropped_by(pair) is None
+
+    def dropped_by(self, pair: Mapping[str, Any]) -> str | None:
+        """The name of the filter that drops the pair, None for a pair that stays; the report is brought up to date."""
+        name = self._first(pair)
         self.report.total += 1
         if name is None:
             self.report.kept += 1
-            return True
+            return None
         self.report.dropped[name] += 1
         if len(self.report.examples[name]) < _EXAMPLES:
             self.report.examples[name].append(pair["source"])
-        return False
+        return name
 
-    def _dropped_by(self, pair: Mapping[str, Any]) -> str | None:
+    def _first(self, pair: Mapping[str, Any]) -> str | None:
         prompt, chosen, rejected = (message_text(pair[column]) for column in ("prompt", "chosen", "rejected"))
         has_prompt = prompt.strip() or pair["images"] or pair["videos"]
         if not (has_prompt and chosen.strip() and rejected.strip()):

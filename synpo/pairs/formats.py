@@ -19,14 +19,15 @@ class PairFormat:
 
     Attributes:
         required: keys that must be there and not null.
-        convert: (record, place, instruction or None) -> the columns that `normalise_pair` takes.
+        convert: (record, place, instruction or None) -> the columns that `normalise_pair` takes; None for a record that
+            is as it should be and holds no pair.
         one_of: keys of which at least one must be there.
         file_columns: column of a pair -> its name in the file, for errors.
     """
 
     name: str
     required: tuple[str, ...]
-    convert: Callable[[Record, str, str | None], Record]
+    convert: Callable[[Record, str, str | None], Record | None]
     one_of: tuple[str, ...] = ()
     file_columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -114,6 +115,48 @@ def _synpo_release(record: Record, where: str, prompt: str | None) -> Record:
     }
 
 
+def _ultrafeedback_binarized(record: Record, where: str, prompt: str | None) -> Record:
+    """HuggingFaceH4/ultrafeedback_binarized: whole conversations, which repeat what stands in a column `prompt`."""
+    return _implicit({name: value for name, value in record.items() if name != "messages"}, where, prompt)
+
+
+_ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+
+
+def _ultrafeedback(record: Record, where: str, prompt: str | None) -> Record | None:
+    """openbmb/UltraFeedback: several completions with ratings in four aspects; the best and the worst by their mean.
+
+    A completion with a rating missing ("N/A") is neither. The file's overall_score is not used: it is known to call
+    some of the worst completions the best.
+    """
+    completions = record["completions"]
+    if not isinstance(completions, list):
+        raise PairError(where, "completions", f"expected a list of completions, got {_brief(completions)}")
+    rated = []
+    for index, completion in enumerate(completions):
+        try:
+            ratings = [completion["annotations"][aspect]["Rating"] for aspect in _ASPECTS]
+            response = completion["response"]
+        except (KeyError, TypeError):
+            raise PairError(
+                where, "completions", f"completion {index}: a response and the Rating of each aspect are needed"
+            ) from None
+        if all(isinstance(rating, str) and rating.isdecimal() for rating in ratings):
+            rated.append((sum(map(int, ratings)) / len(ratings), response))
+    if not rated:
+        return None
+    best, worst = max(rated, key=lambda pair: pair[0]), min(rated, key=lambda pair: pair[0])
+    if best[0] == worst[0]:
+        return None
+    return {
+        "prompt": record["instruction"],
+        "chosen": best[1],
+        "rejected": worst[1],
+        "score_chosen": best[0],
+        "score_rejected": worst[0],
+    }
+
+
 def _shared_prompt(chosen: list[Any], rejected: list[Any], column: str, where: str) -> Record:
     if chosen[:-1] != rejected[:-1]:
         pairs = zip(chosen[:-1], rejected[:-1], strict=False)
@@ -143,7 +186,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# In the order of detection: "implicit" needs the fewest keys, so it is asked last.
+# In the order of detection: the most particular first; "implicit" needs the fewest keys, so it is asked last.
 FORMATS = {
     format.name: format
     for format in (
@@ -172,6 +215,13 @@ FORMATS = {
                 "score_rejected": "neg_score",
             },
         ),
+        PairFormat("ultrafeedback", ("instruction", "completions"), _ultrafeedback),
+        PairFormat(
+            "ultrafeedback-binarized",
+            ("prompt", "prompt_id", "chosen", "rejected", "score_chosen", "score_rejected"),
+            _ultrafeedback_binarized,
+            file_columns={"prompt": "chosen", "chosen": "chosen[-1]", "rejected": "rejected[-1]"},
+        ),
         PairFormat("columns", ("prompt", "chosen", "rejected"), _columns),
         PairFormat(
             "implicit",
@@ -184,7 +234,8 @@ FORMATS = {
 
 KNOWN_COLUMNS = frozenset(PAIR_FEATURES) | {
     "system", "conversations", "messages", "rejected_response", "rejected_messages", "rejected_images",
-    "rejected_videos", "video_name", "pos_pre", "neg_pre", "pos_score", "neg_score", "question",
+    "rejected_videos", "video_name", "pos_pre", "neg_pre", "pos_score", "neg_score", "question", "provenance",
+    "prompt_id", "instruction", "completions",
 }  # fmt: skip
 
 
@@ -195,7 +246,11 @@ def detect(record: Record, where: str) -> PairFormat:
             return format
     found = ", ".join(str(key) for key in record if record[key] is not None) or "none"
     known = "; ".join(map(str, FORMATS.values()))
-    nearest = max(FORMATS.values(), key=lambda format: sum(record.get(key) is not None for key in format.required))
+
+    def nearness(format: PairFormat) -> tuple[int, int]:
+        return sum(record.get(key) is not None for key in format.required), -len(format.missing(record))
+
+    nearest = max(FORMATS.values(), key=nearness)
     near = ""
     if len(nearest.missing(record)) < len(nearest.required):
         near = f" Nearest is {nearest.name!r}; missing: {', '.join(nearest.missing(record))}."

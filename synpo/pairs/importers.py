@@ -88,6 +88,7 @@ def _convert(
     chosen_format = FORMATS.get(format)
     first: tuple[str, str] | None = None  # place and type of the first prompt
     ignored: Counter[str] = Counter()
+    without_pair = 0
     for where, record in records:
         if isinstance(record, PairError):
             yield where, record
@@ -96,6 +97,9 @@ def _convert(
             chosen_format = chosen_format or detect(record, where)
             chosen_format.check(record, where)
             columns = chosen_format.convert(record, where, prompt)
+            if columns is None:
+                without_pair += 1
+                continue
             if first is not None and prompt_type(columns) != first[1]:
                 raise PairError(
                     where,
@@ -111,6 +115,8 @@ def _convert(
             first = first or (where, prompt_type(columns))
             ignored.update(key for key in record if key not in KNOWN_COLUMNS and record[key] is not None)
             yield where, pair
+    if without_pair:
+        _logger.warning("%s: %d records without two answers of different scores hold no pair", name, without_pair)
     if ignored:
         columns_ignored = ", ".join(f"{key!r} ({count})" for key, count in sorted(ignored.items()))
         _logger.warning("%s: columns that training does not use, with their counts: %s", name, columns_ignored)
