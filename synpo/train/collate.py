@@ -7,7 +7,7 @@ p-1..n-2, so every pass carries the flat positions of those hidden states and th
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .prefix import Layout, Piece
 from .tokenise import COLUMNS, Pair, PairTokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,63 +98,137 @@ def _score_gap_fails(row: Mapping[str, Any], least: float) -> str:
     return "dropped, score gap below min_score_gap" if row["score_chosen"] - row["score_rejected"] < least else ""
 
 
+class Form(NamedTuple):
+    """How pairs become rows; the default is a row for every sequence, padded."""
+
+    shared: bool = False  # rows [prompt | chosen | rejected]
+    packed: bool = False  # everything in one row, without padding
+
+
+PLAIN = Form()
+
+
 class PairCollator:
     """A list of Pairs -> {"passes": [...], "pairs": B}: consecutive pairs, as many to a pass as tokens_per_pass allows.
 
-    A pass of b pairs is a dict: input_ids, attention_mask (2b, T) int64, right-padded, chosen rows first and then
-    their rejected; positions (N,) int64, flat indices into (2b*T) of the hidden states that predict answer tokens;
-    labels (N,) int64, those tokens; cu_seqlens (2b+1,) int32, boundaries of the sequences in both; indices, tokens:
-    the pairs' rows in the dataset, and the number of tokens without padding. ``references``, where set, maps
-    sequence_key to the reference's summed log-prob and adds ref_logps (2b,) float32.
+    For a pass see ``assemble``. ``references``, where set, maps sequence_key to the reference's summed log-prob and
+    adds ref_logps (2b,) float32.
     """
 
-    def __init__(self, pad_token_id: int, tokens_per_pass: int | None = None) -> None:
+    def __init__(self, pad_token_id: int, tokens_per_pass: int | None = None, form: Form = PLAIN) -> None:
         self.pad_token_id = pad_token_id
         self.tokens_per_pass = tokens_per_pass
+        self.form = form
         self.references: Mapping[bytes, float] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         passes: list[list[Pair]] = []
-        longest = 0
         for pair in pairs:
-            longest = max(longest, pair.length())
-            if passes and (self.tokens_per_pass is None or 2 * (len(passes[-1]) + 1) * longest <= self.tokens_per_pass):
+            fits = passes and (self.tokens_per_pass is None or self._size([*passes[-1], pair]) <= self.tokens_per_pass)
+            if fits:
                 passes[-1].append(pair)
             else:
                 passes.append([pair])
-                longest = pair.length()
         return {"passes": [self._collate(group) for group in passes], "pairs": len(pairs)}
 
+    def _size(self, pairs: Sequence[Pair]) -> int:
+        """Tokens of a pass of these pairs, padding included."""
+        lengths = [n for pair in pairs for n in _strip_lengths(pair, self.form.shared)]
+        return sum(lengths) if self.form.packed else len(lengths) * max(lengths)
+
     def _collate(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        positions = []
-        for i, (prompt, answer) in enumerate(rows):
-            n = len(prompt) + len(answer)
-            input_ids[i, :n] = torch.cat((prompt, answer))
-            attention_mask[i, :n] = 1
-            positions.append(torch.arange(i * width + len(prompt) - 1, i * width + n - 1))
-        bounds = torch.tensor([0, *(len(answer) for _, answer in rows)]).cumsum(0)
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "positions": torch.cat(positions),
-            "labels": torch.cat([answer for _, answer in rows]),
-            "cu_seqlens": bounds.to(torch.int32),
-            "indices": [pair.index for pair in pairs],
-            "tokens": int(attention_mask.sum()),
-        }
+        batch = assemble(pairs, self.pad_token_id, self.form)
         if self.references is not None:
             try:
-                batch["ref_logps"] = torch.tensor([self.references[sequence_key(*row)] for row in rows])
+                sums = [self.references[sequence_key(*answer)] for answer in _answers(pairs)]
             except KeyError:
                 raise ValueError(
                     f"rows {batch['indices']} have no precomputed reference log-probs; give their dataset to the "
                     "trainer's constructor"
                 ) from None
+            batch["ref_logps"] = torch.tensor(sums)
         return batch
+
+
+def _answers(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
+    """(prompt, answer) of every sequence: the chosen ones, then their rejected."""
+    return [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+
+
+class _Strip(NamedTuple):
+    """Tokens that stay together in a row: a sequence, or a prompt with both its answers."""
+
+    ids: Tensor
+    places: Tensor  # of each token in its own sequence
+    pieces: tuple[Piece, ...]
+    predictors: tuple[Tensor, ...]  # for each answer, where the hidden states that predict its tokens stand
+
+
+def _sequence(prompt: Tensor, answer: Tensor) -> _Strip:
+    p, n = len(prompt), len(prompt) + len(answer)
+    places = torch.arange(n)
+    return _Strip(torch.cat((prompt, answer)), places, (Piece(0, n),), (places[p - 1 : n - 1],))
+
+
+def _pair(pair: Pair) -> _Strip:
+    """The last token of the prompt predicts the first of both answers."""
+    p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+    own = torch.arange(p + c + r)
+    return _Strip(
+        torch.cat((pair.prompt, pair.chosen, pair.rejected)),
+        torch.cat((own[: p + c], own[p : p + r])),
+        (Piece(0, p + c), Piece(p + c, p + c + r, 0, p)),
+        (own[p - 1 : p + c - 1], torch.cat((own[p - 1 : p], own[p + c : -1]))),
+    )
+
+
+def _strip_lengths(pair: Pair, shared: bool) -> tuple[int, ...]:
+    p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+    return (p + c + r,) if shared else (p + c, p + r)
+
+
+def assemble(pairs: Sequence[Pair], pad_token_id: int, form: Form) -> dict[str, Any]:
+    """A pass of b pairs: what goes through the model, and where the answers stand.
+
+    input_ids, attention_mask (R, T) int64: a row per sequence, chosen ones first and then their rejected, padded on
+    the right; or a row per pair (form.shared), or one row for all (form.packed). positions (N,) int64: flat indices
+    into (R*T) of the hidden states that predict answer tokens, chosen answers first; labels (N,) int64, those tokens;
+    cu_seqlens (2b+1,) int32, boundaries of the answers in both. pairs, indices: the pairs, and their rows in the
+    dataset. tokens: those of the 2b sequences. Forms other than PLAIN add layout and position_ids (R, T), see prefix.
+    """
+    answers = _answers(pairs)
+    strips = [_pair(p) for p in pairs] if form.shared else [_sequence(*answer) for answer in answers]
+    lengths = [len(strip.ids) for strip in strips]
+    width = sum(lengths) if form.packed else max(lengths)
+    rows = 1 if form.packed else len(strips)
+    starts = [sum(lengths[:i]) for i in range(len(strips))] if form.packed else [i * width for i in range(len(strips))]
+
+    input_ids = torch.full((rows * width,), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    places = torch.zeros_like(input_ids)
+    pieces: list[tuple[Piece, ...]] = [()] * rows
+    for strip, start in zip(strips, starts, strict=True):
+        stop = start + len(strip.ids)
+        input_ids[start:stop] = strip.ids
+        attention_mask[start:stop] = 1
+        places[start:stop] = strip.places
+        row, column = divmod(start, width)
+        pieces[row] += tuple(piece.shifted(column) for piece in strip.pieces)
+    sides = range(2 if form.shared else 1)
+    placed = list(zip(strips, starts, strict=True))
+    batch: dict[str, Any] = {
+        "input_ids": input_ids.view(rows, width),
+        "attention_mask": attention_mask.view(rows, width),
+        "positions": torch.cat([strip.predictors[side] + start for side in sides for strip, start in placed]),
+        "labels": torch.cat([answer for _, answer in answers]),
+        "cu_seqlens": torch.tensor([0, *(len(answer) for _, answer in answers)]).cumsum(0).to(torch.int32),
+        "pairs": list(pairs),
+        "indices": [pair.index for pair in pairs],
+        "tokens": sum(len(prompt) + len(answer) for prompt, answer in answers),
+    }
+    if form != PLAIN:
+        batch |= {"layout": Layout(tuple(pieces)), "position_ids": places.view(rows, width)}
+    return batch
 
 
 def sequence_key(prompt: Tensor, answer: Tensor) -> bytes:

@@ -52,6 +52,13 @@ class SynPOConfig(TrainingArguments):
         None, "Most tokens, padding included, that go through the model at once; a larger micro-batch takes several "
         "passes with the same gradient, a pair is never split. Default: 1024 on a CPU, no bound elsewhere.",
     )  # fmt: skip
+    prefix_sharing: bool | None = option(
+        None, "Compute a pair's prompt once for both answers, in rows [prompt | chosen | rejected]. Checked against "
+        "plain rows at the first pass. Default: where the model allows it.",
+    )  # fmt: skip
+    padding_free: bool | None = option(
+        None, "Put the pairs of a pass end to end in one row, without padding. Default: with prefix sharing."
+    )
     fused: bool = option(True, "False: full logits and plain PyTorch losses, for comparison only.")
     workspace_mb: int | None = option(
         None, "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU, 640 to 1300 on a GPU."

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .collate import PairCollator, PairDataset, sequence_key
+from .collate import PLAIN, Form, PairCollator, PairDataset, sequence_key
 from .config import SynPOConfig
 from .passes import PairScorer
 
@@ -29,7 +29,12 @@ class References:
     """The frozen model that an objective compares with."""
 
     def __init__(
-        self, args: SynPOConfig, model: nn.Module, ref_model: nn.Module | None, accelerator: Accelerator
+        self,
+        args: SynPOConfig,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        accelerator: Accelerator,
+        form: Form = PLAIN,
     ) -> None:
         """Errors: ValueError where there is nothing to take as the reference."""
         if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_logps:
@@ -46,7 +51,7 @@ class References:
         self.ref_model = ref_model
         if ref_model is not None:
             ref_model.requires_grad_(False).to(args.device).eval()
-            self.scorer = PairScorer(args, ref_model)
+            self.scorer = PairScorer(args, ref_model, form)
 
     def sums(self, scorer: PairScorer, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """(2b,) summed log-probs of a pass's sequences under the reference; dropout is off, no random number is

@@ -24,7 +24,7 @@ from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics
-from .passes import PairScorer
+from .passes import PairScorer, choose_form
 from .references import References
 from .tokenise import PairTokenizer
 
@@ -76,7 +76,8 @@ class SynPOTrainer(ResumableTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else _origin(model))
         model = _trainable(model, peft_config, args.seed)
-        self.scorer = PairScorer(args, model)
+        form = choose_form(args, *(m for m in (model, ref_model) if m is not None))
+        self.scorer = PairScorer(args, model, form)
         tokenizer = PairTokenizer(processing_class, args.max_length, args.truncation)
         self._tokenise = partial(PairDataset, tokenizer=tokenizer)
         if isinstance(eval_dataset, Mapping):
@@ -86,7 +87,7 @@ class SynPOTrainer(ResumableTrainer):
         if data_collator is None:
             pad = processing_class.pad_token_id
             data_collator = PairCollator(
-                processing_class.eos_token_id if pad is None else pad, self._tokens_per_pass(args)
+                processing_class.eos_token_id if pad is None else pad, self._tokens_per_pass(args), form
             )
 
         super().__init__(
@@ -99,11 +100,12 @@ class SynPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             compute_metrics=compute_metrics,
         )
-        self.references = References(args, self.model, ref_model, self.accelerator) if args.needs_reference else None
+        self.references = None
+        if args.needs_reference:
+            self.references = References(args, self.model, ref_model, self.accelerator, form)
         if self.references is None and ref_model is not None:
             raise ValueError(f"ref_model is given but {args.objective} has no reference; leave it out")
         self._parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
-        self._verified = False
         self._means = RunningMeans()
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=args.device)
         self._window: list[int] = []
@@ -139,22 +141,22 @@ class SynPOTrainer(ResumableTrainer):
         return batches, pairs
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
-        """6 operations per parameter and token, the usual estimate."""
-        return 6.0 * sum(batch["tokens"] for batch in inputs["passes"]) * self._parameter_count
+        """6 operations per parameter and token that goes through the model, the usual estimate."""
+        return 6.0 * sum(batch["input_ids"].numel() for batch in inputs["passes"]) * self._parameter_count
 
     # A step
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         batch = self._prepare_inputs(batch)
-        if not self._verified:
-            self.scorer.verify(model, batch)
-            self._verified = True
         ref_sums = None
         if self.references is not None:
             ref_sums = batch.get("ref_logps")
             if ref_sums is None:
                 ref_sums = self.references.sums(self.scorer, model, batch)
-        return self.scorer.loss(model, batch, ref_sums), batch
+        output = self.scorer.loss(model, batch, ref_sums)
+        if self.scorer.fallbacks:
+            self.data_collator.form = self.scorer.form  # so that tokens_per_pass counts what is computed
+        return output, batch
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: float | None = None
@@ -223,6 +225,7 @@ class SynPOTrainer(ResumableTrainer):
             if self.accelerator.num_processes > 1:
                 logs["num_tokens"] = int(self._sum(torch.tensor(self.num_tokens, device=self.args.device)))
             logs["nonfinite_steps"] = self.nonfinite_steps
+            logs["form_fallbacks"] = self.scorer.fallbacks
             self._last_log = now
         super().log(logs, start_time)
         if self.is_world_process_zero():

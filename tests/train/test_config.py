@@ -23,6 +23,8 @@ def test_every_own_option_is_listed() -> None:
         "precompute_ref_logps",
         "ref_cache_dir",
         "tokens_per_pass",
+        "prefix_sharing",
+        "padding_free",
         "fused",
         "workspace_mb",
         "max_nonfinite_steps",
