@@ -7,7 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 
-.PHONY: demo test lint bench clean
+# make gpu: outputs' folder, wheels to use, minutes; PART=tests|kernels|tune|steps, or the first two.
+OUT ?= build/gpu
+WHEELS ?=
+MINUTES ?= 8.5
+PART ?=
+
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/synpo demo
@@ -22,6 +28,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+# On a machine with a GPU and with what it has installed: nothing is fetched, .venv is not used.
+gpu:
+	$(PYTHON) -m bench.gpu $(PART) --out $(OUT) --minutes $(MINUTES) $(if $(WHEELS),--wheels $(WHEELS)) \
+		$(if $(RESUME),--resume $(RESUME))
 
 # torch comes first, and the build is not isolated from it: csrc compiles against the headers of the torch that will load it.
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)

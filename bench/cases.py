@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPS = {"synpo_loss": "synpo", "simpo_loss": "simpo", "linear_logps": None}  # op -> its objective; linear_logps has none
+# op -> its objective on pairs; linear_logps has none, cross_entropy is minus the mean of all log-probs.
+OPS = {"synpo_loss": "synpo", "simpo_loss": "simpo", "linear_logps": None, "cross_entropy": None}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ CASES = {
         Case("smollm2-135m", 576, 49152, (64, 1024), _GPU),
         Case("llama3-8b", 4096, 128256, (1024,), _GPU),
         Case("qwen2.5-7b", 3584, 152064, (1024,), _GPU),
+        Case("qwen3-8b", 4096, 151936, (1024,), _GPU),
         Case("mistral-7b", 4096, 32768, (1024,), _GPU),
         Case("mistral-7b-v0.1", 4096, 32000, (1024,), _GPU),
         Case("gemma2-2b", 2304, 256000, (1024,), _GPU, softcap=30.0),

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import synpo_kernels
 
 from .cases import OPS, Case, Inputs
+from .gpu_peers import hopper_only, liger_cute_logps, quack_cross_entropy, trl_logps
 
 ALPHA, BETA = 30.0, 0.2  # SynPO
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.5
@@ -163,23 +164,28 @@ def ours_pair(
 
 
 class Implementation(NamedTuple):
-    logps: Logps | None  # None: pair losses alone
+    logps: Logps | None  # None: whole losses alone
     pair: Pair | None = None  # None: the loss as everyone writes it, over logps
+    scalar: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # cross_entropy; None: the mean of logps
     package: str | None = None  # what must be installed
     softcap: bool = True
     cuda_only: str | None = None  # why not a CPU
+    hopper_only: bool = False
     compiles: bool = False  # its first call at a shape compiles
 
     def cannot(self, op: str, case: Case, device: torch.device) -> str | None:
         """Why this implementation cannot run here, or None."""
         if self.package is not None and find_spec(self.package) is None:
             return f"the package {self.package} is not installed"
-        if OPS[op] is None and self.logps is None:
-            return "it has no per-token log-probs, only whole pair losses"
+        whole = self.scalar if op == "cross_entropy" else self.pair if OPS[op] is not None else None
+        if self.logps is None and whole is None:
+            return f"it has neither {op} nor per-token log-probs"
         if case.softcap is not None and not self.softcap:
             return "it has no softcap"
         if self.cuda_only is not None and device.type == "cpu":
             return self.cuda_only
+        if self.hopper_only and (reason := hopper_only(device)):
+            return reason
         if self.logps is torch_logps and not hasattr(F, "linear_cross_entropy"):
             return f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has"
         return None
@@ -191,14 +197,20 @@ class Implementation(NamedTuple):
         def run(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             if OPS[op] is not None and self.pair is not None:
                 return self.pair(op, hidden, weight, labels, cu_seqlens, softcap)
+            if op == "cross_entropy" and self.scalar is not None:
+                loss = self.scalar(hidden, weight, labels)
+                return loss, -loss[None]
             assert self.logps is not None
             logps = self.logps(hidden, weight, labels, softcap)
+            if op == "cross_entropy":
+                return -logps.mean(), logps
             return (logps, logps) if OPS[op] is None else pair_loss(op, logps, cu_seqlens)
 
         return run
 
 
 _TRITON = "its Triton kernels need a GPU"
+_CUTE = "its CuTe kernels need a GPU"
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "naive": Implementation(naive_logps),
     "torch-compile": Implementation(compiled_logps, compiled_pair, compiles=True),
@@ -207,5 +219,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "liger": Implementation(None, liger_pair, package="liger_kernel", softcap=False, compiles=True),
     "cut-cross-entropy": Implementation(cce_logps, package="cut_cross_entropy", compiles=True),
     "cut-cross-entropy-exact": Implementation(cce_exact_logps, package="cut_cross_entropy", cuda_only=_TRITON),
+    "liger-cute": Implementation(
+        liger_cute_logps, package="liger_kernel", softcap=False, cuda_only=_CUTE, hopper_only=True, compiles=True
+    ),
+    "quack": Implementation(
+        None, scalar=quack_cross_entropy, package="quack", softcap=False, cuda_only=_CUTE, compiles=True
+    ),
+    "trl-chunked": Implementation(trl_logps, package="trl", cuda_only=_TRITON),
     "ours": Implementation(ours_logps, ours_pair),
 }

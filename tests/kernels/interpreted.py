@@ -1,16 +1,16 @@
-"""The Triton launchers against the closed forms: on a GPU where there is one, else under Triton's interpreter.
+"""The Triton launchers against the closed forms: on a GPU, or under Triton's interpreter.
 
 Not collected by name: test_triton.py runs this file in a process of its own, since TRITON_INTERPRET=1 must stand before
 triton is imported. The interpreter's bfloat16 products are wrong, so there inputs are float32 and float16.
 """
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import triton
 
 from synpo_kernels import loss_triton, pair_loss, tiling, vocab_cuda, vocab_passes, vocab_triton
 from synpo_kernels.tiling import LIBRARY, Route, ScoreTile
@@ -20,6 +20,7 @@ from tests.kernels.planted import RUNNING, Mistake
 from tests.kernels.problems import PROBLEMS, ordinary, rising
 from tests.kernels.test_linear_logps import check, run
 
+INTERPRETED = triton.knobs.runtime.interpret
 # 16 rows and 64 columns put several tiles, and their ragged edges, into small problems; 3 programs walk them in turns.
 ROUTES = {
     "pointers": Route(ScoreTile(16, 64, 32, 2, 4, 1, False, band=2), False, 3),
@@ -29,13 +30,7 @@ ROUTES = {
 }
 # The interpreter warns where a GPU gives inf or NaN without a word.
 GIVES_INF = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    yield
-    torch.set_default_device(None)
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, route: Route) -> None:
@@ -60,7 +55,7 @@ GRID = [
     *((problem, "library", torch.float32, True) for problem in ("scaled and capped", "margins", "rising")),
     ("margins", "library", torch.float16, True),
 ]
-if torch.cuda.is_available():
+if not INTERPRETED:
     GRID += [(problem, route, torch.bfloat16, True) for problem in PROBLEMS for route in ROUTES]
 
 
@@ -136,13 +131,14 @@ def test_no_valid_token(trainable: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all((value == 0).all() for value in run(head, torch.ones(2), trainable))
 
 
-def test_offsets_past_two_to_the_31() -> None:
+@pytest.mark.parametrize("route", ["pointers", "descriptors"])
+def test_offsets_past_two_to_the_31(route: str) -> None:
     """Rows 2^22 elements apart put the last ones past 2^31: 600 rows touch 600 pages of 5 GB of address space."""
     n, V, stride = 600, 20, 1 << 22
     assert (n - 1) * stride > 1 << 31
     head = Head(0.3 * torch.randn(n, 16), torch.randn(V, 16), torch.randint(0, V, (n,)))
     tile = torch.empty(n * stride, dtype=torch.float16).as_strided((n, V), (stride, 1))
-    pairs = vocab_triton.score(head.hidden, head.weight, rows_of(head), tile, *ROUTES["pointers"])
+    pairs = vocab_triton.score(head.hidden, head.weight, rows_of(head), tile, *ROUTES[route])
     shift, _ = vocab_triton.reduce(pairs, tile)
     z = head.hidden.double() @ head.weight.double().T
     want = (z - shift[:, None].double()).exp().scatter(1, head.targets[:, None], 0.0)

@@ -92,7 +92,7 @@ def test_autocast_casts_the_inputs_and_nothing_else(trainable: bool, passes: str
     """Under autocast the op is the op on bfloat16 inputs: its own float32 products are not rounded."""
     head, c = ordinary(), upstream(37)
     hidden, weight = head.hidden.requires_grad_(), head.weight.requires_grad_(trainable)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         logps = linear_logps(hidden, weight, head.targets)
         logps.backward(c)  # inside, where autocast is on for the backward pass as well
     assert logps.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_autocast_around_a_pair_loss(trainable: bool, passes: str) -> None:
         for group in (low, leaves):
             group[1].requires_grad_(False)
             group[2].requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         loss = FusedSynPOLoss()(leaves[0], leaves[1], labels, leaves[2]).loss
     want = FusedSynPOLoss()(low[0], low[1], labels, low[2]).loss
     loss.backward()
@@ -128,7 +128,7 @@ def test_autocast_around_a_pair_loss(trainable: bool, passes: str) -> None:
 
 def test_float64_stays_float64_under_autocast() -> None:
     hidden, weight, labels, _ = problem()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert torch.equal(linear_logps(hidden, weight, labels), linear_logps(hidden, weight, labels))
         inside = linear_logps(hidden, weight, labels)
     assert inside.dtype == torch.float64

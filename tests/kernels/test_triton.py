@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+import pytest
 
 
-def test_the_launchers() -> None:
+def test_the_launchers(request: pytest.FixtureRequest) -> None:
     # One BLAS thread: the problems are small. Deterministic cuBLAS needs its workspace named.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if not torch.cuda.is_available():
+    device = request.config.getoption("--device")
+    if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
+    tests = str(Path(__file__).with_name("interpreted.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).with_name("interpreted.py"))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", device, tests],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
