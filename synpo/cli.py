@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 COMMANDS = {
+    "pairs": ("synpo.pairs.command", "make judged preference pairs from videos, or check files of pairs"),
     "train": ("synpo.train.command", "train a model on preference pairs"),
+    "caption": ("synpo.caption.command", "write captions of videos, by contrastive decoding"),
     "env": ("synpo.environment", "print versions, devices and which kernels run"),
     "report": ("synpo.report", "draw the curves of runs"),
     "demo": ("synpo.demo", "train a small real model on the example pairs and show what changed"),

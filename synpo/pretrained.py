@@ -1,5 +1,6 @@
-"""Models and tokenizers by name or path: hub names, folders, .gguf files."""
+"""Models and tokenizers by name or path: hub names, folders, .gguf files, adapters of `synpo train`."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+ADAPTER = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -25,7 +27,8 @@ class Location(NamedTuple):
 
 
 def locate(name: str) -> Location:
-    """Where a hub name, a folder, a .gguf file, or a folder whose only model is one .gguf file is to be loaded from.
+    """Where a hub name, a folder of a model or an adapter, a .gguf file, or a folder whose only model is one .gguf file
+    is to be loaded from.
 
     Errors: FileNotFoundError for a path that does not exist or holds no model.
     """
@@ -38,7 +41,7 @@ def locate(name: str) -> Location:
         if path.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"model {name!r}: no such folder")
         return Location(name, {})
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() or (path / ADAPTER).exists():
         return Location(str(path), {})
     found = sorted(path.glob("*.gguf"))
     if len(found) != 1:
@@ -49,10 +52,15 @@ def locate(name: str) -> Location:
 
 
 def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """A language model or vision-language model by name or path; dtype None: float32 on a machine without an
-    accelerator, else the checkpoint's own.
+    """A language model or vision-language model by name or path, an adapter on the model that it was trained on.
+
+    dtype None: float32 on a machine without an accelerator, else the checkpoint's own.
     """
     where, options = locate(name)
+    if (adapter := Path(where) / ADAPTER).exists():
+        model = load_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"], dtype)
+        model.load_adapter(where)
+        return model
     if dtype is None:
         dtype = "auto" if torch.accelerator.is_available() else torch.float32
     if "gguf_file" not in options:

@@ -31,6 +31,15 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash left unfinished, so that the next record begins a line of its own."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file; a last line that a crash cut off is left out.
 

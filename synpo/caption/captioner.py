@@ -18,6 +18,10 @@ Pixels = Callable[[np.ndarray], dict[str, Tensor]]  # frames (F, H, W, 3) uint8 
 PASS_STEPS = 1 << 32  # a retrospective pass draws from the same seed, at steps that no first pass reaches
 
 
+class UnusableFrames(ValueError):
+    """Frames that the model's pixels cannot be made of."""
+
+
 @dataclass(frozen=True)
 class Caption:
     """A text and how it came about."""
@@ -75,7 +79,8 @@ class Captioner:
         and writes a better one; candidate by candidate. seeds: one for each caption, view by view, or an int s meaning
         s, s + 1, ... A caption depends on its view, its seed and the settings, not on what else is in the call.
 
-        Errors: ValueError for settings out of range, a model that takes no frames, an empty instruction.
+        Errors: ValueError for settings out of range, a model that takes no frames, an empty instruction; UnusableFrames
+        for frames of a size that the model's pixels cannot be made of.
         """
         if retrospective < 0:
             raise ValueError(f"retrospective is {retrospective}; it has to be >= 0")
@@ -112,11 +117,15 @@ class Captioner:
         family_of(self.model)
         if self.pixels is None:
             raise ValueError("pixels is None; a Captioner needs it to see frames")
-        pixels = self.pixels
+        make_pixels = self.pixels
         times = view.times - view.start  # each clip is a video of its own
 
         def look(frames: np.ndarray, at: Sequence[float]) -> Features:
-            return encode(self.model, pixels(frames), at, view.end - view.start)
+            try:
+                pixels = make_pixels(frames)
+            except ValueError as error:
+                raise UnusableFrames(str(error)) from error
+            return encode(self.model, pixels, at, view.end - view.start)
 
         full = look(view.frames, times)
         return full, None if contrast is None else contrast(view, full, look)
