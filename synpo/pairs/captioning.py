@@ -1,0 +1,239 @@
+"""The first stage: from a video to clip captions and candidates, each seen once more by the model that wrote it.
+
+Every text has its own seed, made from the run's seed, the video's name and the text's place. So a video's texts do not
+depend on which videos came before, and a run that was interrupted goes on with the same texts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Semaphore
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..caption import CERTAIN, UnusableFrames
+from ..judge import NoAnswer
+from ..run_files import write_atomically
+from ..video import FramePolicy, Video, VideoError, View, clip_bounds, decode
+from .formats import VIDEO_PROMPT
+from .video_lists import VideoItem
+
+VERSION = 1  # of this stage: prompts, order, seeds, layout of the records
+Record = dict[str, Any]
+Failure = VideoError | UnusableFrames | OSError | NoAnswer  # of one video; the others go on
+
+
+class Written(NamedTuple):
+    """A caption after the model has seen the video again, and what it wrote at first; None where the model failed."""
+
+    draft: str | None
+    caption: str | None
+
+
+class Captioner(Protocol):
+    """What this stage needs of a model that writes captions.
+
+    Attributes:
+        settings: everything that its texts depend on; JSON types only.
+        parallel: calls that may run at the same time, from as many threads.
+        shrink: applied to each decoded frame, (H, W, 3) uint8 to the same kind, with the number of frames in its view,
+            so that frames held in memory are no larger than the model takes them; None keeps them as they are.
+    """
+
+    settings: Mapping[str, Any]
+    parallel: int
+    shrink: Callable[[np.ndarray, int], np.ndarray] | None
+
+    def __call__(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
+        """For each view one greedy caption (seeds None), or one sampled caption for each seed."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is under way; no call comes after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class CaptionPlan:
+    """What is written about each video.
+
+    Attributes:
+        instruction: what the candidates answer; the prompt of the pairs.
+        candidates: sampled captions of the whole video.
+        frames: frames of the whole and of each clip.
+        seed: of the run.
+    """
+
+    instruction: str = VIDEO_PROMPT
+    candidates: int = 8
+    frames: FramePolicy = FramePolicy(fps=0.5)  # noqa: RUF009 - frozen
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise ValueError(f"candidates is {self.candidates}; a pair needs at least 2")
+        if not self.instruction.strip():
+            raise ValueError("instruction is empty; say what the captions are to tell")
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the texts depend on, as JSON types."""
+        return {"version": VERSION, "clip_instruction": CERTAIN, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Scales a frame (H, W, 3) uint8 down until its longer side has at most max_side pixels. ValueError below 1."""
+
+    max_side: int
+
+    def __post_init__(self) -> None:
+        if self.max_side < 1:
+            raise ValueError(f"max_side is {self.max_side}; it has to be at least 1")
+
+    def __call__(self, frame: np.ndarray, count: int) -> np.ndarray:
+        height, width, _ = frame.shape
+        scale = self.max_side / max(height, width)
+        if scale >= 1:
+            return frame
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+class CaptionStore:
+    """Records of the videos that are done, a file each, so that a run goes on where it stopped.
+
+    folder/settings.json says what all of them were made with. Errors: ValueError where that is something else.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        file = folder / "settings.json"
+        text = json.dumps(settings, indent=1, sort_keys=True)
+        if not file.exists():
+            write_atomically(file, text)
+            return
+        former = json.loads(file.read_text(encoding="utf-8"))
+        now = json.loads(text)
+        for name in sorted({*former, *now}):
+            if former.get(name) != now.get(name):
+                raise ValueError(
+                    f"{folder} holds captions made with other settings ({name}: {former.get(name)!r} then, "
+                    f"{now.get(name)!r} now); choose another folder to write to, or delete it"
+                )
+
+    def file(self, name: str) -> Path:
+        """Where the record of a video is."""
+        digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+        return self.folder / digest[:2] / f"{digest}.json"
+
+    def get(self, item: VideoItem) -> Record | None:
+        """The record of a video; None where there is none, or the video's size has changed since."""
+        try:
+            record: Record = json.loads(self.file(item.name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return record if record["bytes"] == item.path.stat().st_size else None
+
+    def put(self, record: Record) -> None:
+        """Keep a record, whole or not at all."""
+        write_atomically(self.file(record["name"]), json.dumps(record, ensure_ascii=False))
+
+
+def captioned(
+    items: Sequence[VideoItem], captioner: Captioner, plan: CaptionPlan, store: CaptionStore
+) -> Iterator[tuple[VideoItem, Record | Failure]]:
+    """Each video's record, in order, from the store or made now; or why there is none, which a later run tries again.
+
+    One video more than the captioner takes at once is decoded ahead.
+    """
+    turn = Semaphore(captioner.parallel)
+
+    def work(item: VideoItem) -> Record | Failure:
+        try:
+            record = store.get(item)
+            if record is None:
+                record = caption_video(item, captioner, plan, store.folder.parent, turn)
+                store.put(record)
+        except (VideoError, UnusableFrames, OSError, NoAnswer) as error:
+            return error
+        return record
+
+    workers = captioner.parallel + 1
+    waiting: list[tuple[VideoItem, Future[Record | Failure]]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="synpo-captions") as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > workers:
+                    first, done = waiting.pop(0)
+                    yield first, done.result()
+            while waiting:
+                first, done = waiting.pop(0)
+                yield first, done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def caption_video(item: VideoItem, captioner: Captioner, plan: CaptionPlan, out: Path, turn: Semaphore) -> Record:
+    """Decode a video once and write everything about it. `turn` is held while the captioner works.
+
+    Returns: name, path, section, bytes, sha256, duration (s), times (s) of the frames, damaged (packets),
+    clips [{start, end, draft, caption}], candidates [{seed, draft, caption}], and for a section of a file `images`:
+    its frames under `out`, since pairs refer to whole files only.
+
+    Errors: VideoError for a file that cannot be read as a video; UnusableFrames; what the captioner raises.
+    """
+    video = decode(item.path, plan.frames, clips=clip_bounds, section=item.section, each=captioner.shrink)
+    digest, size = _content(item.path)
+    seeds = [seed_of(plan.seed, item.name, index) for index in range(plan.candidates)]
+    with turn:
+        told = captioner(video.clips, CERTAIN, None)
+        [written] = captioner([video.whole], plan.instruction, seeds)
+    return {
+        "name": item.name,
+        "path": str(item.path.resolve()),
+        "section": item.section and list(item.section),
+        "bytes": size,
+        "sha256": digest,
+        "duration": round(video.duration, 6),
+        "times": [round(float(time), 6) for time in video.times],
+        "damaged": video.damaged,
+        "clips": [
+            {"start": round(view.start, 6), "end": round(view.end, 6), **text._asdict()}
+            for view, [text] in zip(video.clips, told, strict=True)
+        ],
+        "candidates": [{"seed": seed, **text._asdict()} for seed, text in zip(seeds, written, strict=True)],
+        "images": None if item.section is None else _save_frames(video, item.name, out),
+    }
+
+
+def seed_of(seed: int, *place: str | int) -> int:
+    """A seed below 2^62 for one text of a run."""
+    text = "\n".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def _content(path: Path) -> tuple[str, int]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return digest, stream.tell()
+
+
+def _save_frames(video: Video, name: str, out: Path) -> list[str]:
+    """The frames of the whole view as JPEG files; their paths."""
+    folder = out / "frames" / hashlib.sha256(name.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, image in enumerate(video.whole.images):
+        path = folder / f"{number:03d}.jpg"
+        partial = path.with_suffix(".partial")
+        Image.fromarray(image).save(partial, "JPEG", quality=95)
+        os.replace(partial, path)
+        paths.append(str(path.resolve()))
+    return paths
