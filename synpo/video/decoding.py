@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -21,9 +21,9 @@ class Facts:
     """What a file holds, for provenance and reports.
 
     width, height: pixels as shown, rotation applied. frames, duration (s): counted from the packets.
-    fps: frames / duration. timing: "stamps", or "count" where the time stamps were missing or went back, so that
-    frames are timed by their number. header_duration (s): what the header states, None if nothing; a large difference
-    means a truncated file. cut_off: the read error that ended the file early, or "".
+    fps: frames / duration. timing: see Timeline; that frames carry wrong times shows only in decode.
+    header_duration (s): what the header states, None if nothing; a large difference means a truncated file. cut_off:
+    the read error that ended the file early, or "".
     """
 
     container: str
@@ -148,19 +148,24 @@ def decode(
     moments = [
         choose_times(timeline.ticks, timeline.at(a), timeline.at(b), b - a, policy) for a, b, policy in stretches
     ]
+    sizes = [len(chosen) if each else 0 for chosen in moments]  # what `each` does may depend on it
     wanted: dict[int, set[int]] = {}
-    for chosen in moments:
+    for chosen, size in zip(moments, sizes, strict=True):
         for moment in chosen:
-            wanted.setdefault(moment, set()).add(len(chosen))
+            wanted.setdefault(moment, set()).add(size)
     reader = _Reader(source, timeline, threads, deadline)
-    shown = _collect(reader, wanted, Images(each, max_bytes, deadline.name))
+    try:
+        shown = _collect(reader, wanted, Images(each, max_bytes, deadline.name))
+    except _BackwardsError:
+        reader = _Reader(source, replace(timeline, timing="order"), threads, deadline)
+        shown = _collect(reader, wanted, Images(each, max_bytes, deadline.name))
     if reader.damaged > tolerance * reader.read:
         raise VideoError(
             deadline.name, f"{reader.damaged} of {reader.read} frames are damaged, more than tolerance={tolerance:g}"
         )
     views = []
-    for (a, b, _), chosen in zip(stretches, moments, strict=True):
-        ticks, images = zip(*(shown[moment, len(chosen)] for moment in chosen), strict=True)
+    for (a, b, _), chosen, size in zip(stretches, moments, sizes, strict=True):
+        ticks, images = zip(*(shown[moment, size] for moment in chosen), strict=True)
         times = [float((tick - timeline.ticks[0]) * timeline.time_base) - start for tick in ticks]
         views.append(View(a - start, b - start, np.array(times), images))
     assert reader.known is not None  # a frame was collected
@@ -211,6 +216,10 @@ def _collect(
     return shown
 
 
+class _BackwardsError(Exception):
+    """A decoder gives frames in the order of presentation, so a time before its predecessor's is wrong."""
+
+
 class _Reader:
     """Decoded frames of a file in the order of presentation, and what was met on the way.
 
@@ -231,7 +240,7 @@ class _Reader:
     def frames(self, tick: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """(tick, frame) of every frame from the one on screen at `tick` on, and of some before it."""
         first = self.timeline.first_packet(tick)
-        count, last = 0, self.timeline.ticks[0]
+        count, last = 0, -math.inf
         with opened(self.source, self.deadline) as (container, stream):
             context = stream.codec_context
             context.thread_type = "AUTO"
@@ -240,7 +249,7 @@ class _Reader:
             numbered = enumerate(packets(container, stream, self.deadline, []))
             for packet in chain((p for n, p in numbered if n >= first), [None]):
                 for frame in self._decoded(context, packet):
-                    last = max(last, self._tick(frame, count, last))
+                    last = self._tick(frame, count, last)
                     count += 1
                     if self.known is None:
                         self.known = self._facts(container.format.name, context.name, frame)
@@ -257,10 +266,15 @@ class _Reader:
         self.damaged += sum(frame.is_corrupt for frame in frames)
         return frames
 
-    def _tick(self, frame: av.VideoFrame, count: int, last: int) -> int:
-        if self.timeline.by_count:
-            return self.timeline.ticks[min(count, len(self.timeline.ticks) - 1)]
-        return last if frame.pts is None else frame.pts
+    def _tick(self, frame: av.VideoFrame, count: int, last: float) -> int:
+        ticks = self.timeline.ticks
+        if self.timeline.timing != "stamps" or (frame.pts is None and last == -math.inf):
+            return ticks[min(count, len(ticks) - 1)]
+        if frame.pts is None:
+            return int(last)
+        if frame.pts < last:
+            raise _BackwardsError
+        return frame.pts
 
     def _facts(self, container: str, codec: str, frame: av.VideoFrame) -> Facts:
         upright = oriented(np.empty((frame.height, frame.width, 0), np.uint8), display_matrix(frame))
@@ -274,7 +288,7 @@ class _Reader:
             duration=timeline.seconds,
             fps=frames / timeline.seconds,
             variable_rate=timeline.variable_rate,
-            timing="count" if timeline.by_count else "stamps",
+            timing=timeline.timing,
             header_duration=timeline.header_seconds,
             cut_off=timeline.cut_off,
         )

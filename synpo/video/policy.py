@@ -96,5 +96,5 @@ def choose_times(ticks: Sequence[int], start: float, end: float, seconds: float,
         return [int(start)]
     chosen = min(policy.count(seconds), last - first + 1)
     if chosen == 1:
-        return [(ticks[first] + ticks[last] + 1) // 2]
+        return [(ticks[first] + ticks[last]) // 2]
     return [ticks[first] + (ticks[last] - ticks[first]) * i // (chosen - 1) for i in range(chosen)]

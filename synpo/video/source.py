@@ -64,7 +64,9 @@ class Timeline:
 
     ticks: presentation times in units of time_base, rising, one for each packet of video.
     frame_ticks: how long the last frame stays.
-    by_count: the frames carry no usable stamp of their own: the k-th decoded frame has the k-th tick.
+    timing: "stamps": a frame is shown at the time that it carries. "order": the times are right, the frames carry wrong
+    ones (AVI stores none, and FFmpeg's guess ignores reordering), so the k-th decoded frame has the k-th tick. "count":
+    the same, with ticks that count frames, since time stamps are missing or go back.
     keyframes: (tick, number of the packet) of each frame from which decoding can start.
     header_seconds: the duration that the header states, None where it does not; only for comparison.
     cut_off: why reading ended before the end of the file, or "".
@@ -73,7 +75,7 @@ class Timeline:
     ticks: tuple[int, ...]
     time_base: Fraction
     frame_ticks: int
-    by_count: bool
+    timing: str
     keyframes: tuple[tuple[int, int], ...]
     header_seconds: float | None
     cut_off: str
@@ -100,7 +102,7 @@ class Timeline:
 
         That is one keyframe more than needed, since a stream with gradual refresh is whole only a while after one.
         """
-        if self.by_count:
+        if self.timing != "stamps":
             return 0
         before = bisect_right(self.keyframes, tick, key=lambda keyframe: keyframe[0])
         return self.keyframes[before - 2][1] if before >= 2 else 0
@@ -182,20 +184,17 @@ def _timeline(
     decoded = [dts for _, dts, _, _ in found if dts is not None]
     shown = [pts for pts, _, _, _ in found if pts is not None]
     rises = all(a <= b for a, b in pairwise(decoded))
-    if time_base and len(shown) == len(found) and rises and _plausible(found, time_base):
-        ticks, by_count = sorted(shown), False
-    elif time_base and not shown and len(decoded) == len(found) and rises:  # AVI stores no presentation times
-        ticks, by_count = decoded, True
-    else:
-        ticks, by_count = [0], True
-    if len(found) > 1 and ticks[-1] == ticks[0]:  # stamps are missing, equal or go back: counted at the nominal rate
-        ticks, by_count, time_base = list(range(len(found))), True, 1 / rate
+    ticks, timing = sorted(shown), "stamps"
+    if len(shown) < len(found) and len(decoded) == len(found):
+        ticks, timing = decoded, "order"
+    if not time_base or len(ticks) < len(found) or not rises or not _plausible(found, time_base):
+        timing = "count"
+    if timing == "count" or (len(ticks) > 1 and ticks[0] == ticks[-1]):
+        ticks, timing, time_base = list(range(len(found))), "count", 1 / rate
+    step = (ticks[-1] - ticks[0]) // (len(ticks) - 1) if len(ticks) > 1 else round(1 / (rate * time_base))
+    stay = max((d for pts, _, d, _ in found if pts == ticks[-1]), default=0) if timing == "stamps" else 0
     keyframes = sorted((pts, number) for number, (pts, _, _, key) in enumerate(found) if key and pts is not None)
-    duration = next((d for pts, _, d, _ in found if pts == ticks[-1] and d > 0), 0) if not by_count else 0
-    step = (ticks[-1] - ticks[0]) // (len(ticks) - 1) if len(ticks) > 1 else round(1 / rate / (time_base or 1 / rate))
-    return Timeline(
-        tuple(ticks), time_base or 1 / rate, duration or max(1, step), by_count, tuple(keyframes), header, cut_off
-    )
+    return Timeline(tuple(ticks), time_base, max(stay or step, 1), timing, tuple(keyframes), header, cut_off)
 
 
 def _plausible(found: list[tuple[int | None, int | None, int, bool]], time_base: Fraction) -> bool:
