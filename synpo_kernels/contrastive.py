@@ -66,8 +66,9 @@ def philox(seeds: Tensor, step: int) -> Tensor:
 def _combine(l: Tensor, contrast: Tensor | None, alpha: float, plausibility: float) -> tuple[Tensor, Tensor]:
     """c, and the tokens that a mask or the plausibility constraint takes out; NaN stays NaN. l as accumulated."""
     masked = l == _LOWEST
-    if plausibility > 0:
-        masked |= l < l.amax(dim=1, keepdim=True) + math.log(plausibility)
+    if plausibility > 0:  # the largest number: a NaN makes no token implausible
+        top = l.masked_fill(l.isnan(), _LOWEST).amax(dim=1, keepdim=True)
+        masked |= l < top + math.log(plausibility)
     c = l
     if contrast is not None:
         contrast = contrast.to(l.dtype)
@@ -97,7 +98,7 @@ def _sample(
     infinite = ~(l < math.inf)
     if contrast is not None:
         infinite |= ~out & ~((contrast < math.inf) & (c < math.inf))
-    failed, masked = infinite.any(dim=1), out.all(dim=1)
+    failed, masked = infinite.any(dim=1), (c == _LOWEST).all(dim=1)
     status = torch.where(failed, NOT_FINITE, torch.where(masked, ALL_MASKED, OK)).to(torch.uint8)
     c = c.masked_fill((status != OK)[:, None], 0.0)
 
@@ -237,8 +238,8 @@ def contrastive_sample(
         raise ValueError(f"top_k is {top_k}; it must be >= 0 (0 keeps every token)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1] (1 keeps every token)")
-    if step < 0:
-        raise ValueError(f"step is {step}; it must be >= 0")
+    if not 0 <= step < 2**63:
+        raise ValueError(f"step is {step}; it must be >= 0 and less than 2^63")
     contrast = None if contrast is None else _rows(contrast.detach())
     seeds = _seeds(seed, logits)
     return SampleOutput(

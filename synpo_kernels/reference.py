@@ -55,34 +55,38 @@ def preference_loss(
 
 
 def contrastive_logits(
-    logits: Tensor, contrast: Tensor, *, alpha: float = 0.5, plausibility: float = 0.0
+    logits: Tensor, contrast: Tensor | None = None, *, alpha: float = 0.5, plausibility: float = 0.0
 ) -> Tensor:
-    """(B, V) each -> combined logits in the inputs' dtype, -inf at tokens that are masked or implausible."""
-    combined = (1 + alpha) * logits - alpha * contrast
-    masked = logits.isneginf() | contrast.isneginf()
-    if plausibility > 0:
-        masked |= logits < logits.amax(dim=1, keepdim=True) + math.log(plausibility)
+    """(B, V) each -> combined logits in the inputs' dtype, -inf at tokens that are masked or implausible.
+
+    Without a contrast the logits themselves, likewise cut. float32 rounds as the kernels do: the bits are theirs.
+    """
+    masked = logits.isneginf()
+    if plausibility > 0:  # among numbers: NaN makes no token implausible
+        masked |= logits < logits.masked_fill(logits.isnan(), -math.inf).amax(dim=1, keepdim=True) + math.log(
+            plausibility
+        )
+    if contrast is None:
+        combined = logits
+    else:
+        masked |= contrast.isneginf()
+        combined = (1 + alpha) * logits - alpha * contrast
     return combined.where(~masked, torch.full_like(combined, -math.inf))
 
 
 def contrastive_law(
-    logits: Tensor,
-    contrast: Tensor | None = None,
-    *,
-    alpha: float = 0.5,
-    plausibility: float = 0.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Tensor:
-    """The probabilities (B, V) that contrastive_sample draws from, one token of each row at least unmasked."""
-    other, alpha = (logits, 0.0) if contrast is None else (contrast, alpha)
-    c = contrastive_logits(logits, other, alpha=alpha, plausibility=plausibility)
+    combined: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Combined logits (B, V), one token of each row at least unmasked -> the probabilities (B, V) that
+    contrastive_sample draws from, and the order (B, V) of the tokens in which it inverts them.
+    """
+    ids = torch.arange(combined.shape[1], device=combined.device).expand_as(combined)
     if temperature == 0:
-        return torch.nn.functional.one_hot(c.argmax(dim=1), c.shape[1]).to(c.dtype)
-    values, ids = c.sort(dim=1, descending=True, stable=True)
-    values = values / temperature
-    values[:, top_k or c.shape[1] :] = -math.inf
+        return torch.nn.functional.one_hot(combined.argmax(dim=1), combined.shape[1]).to(combined.dtype), ids
+    values, order = combined.sort(dim=1, descending=True, stable=True)
+    values = (values - values[:, :1]) / temperature
+    values[:, top_k or combined.shape[1] :] = -math.inf
     p = values.softmax(dim=1)
     p = p.where(p.cumsum(dim=1) - p < top_p, torch.zeros_like(p))
-    return torch.zeros_like(p).scatter(1, ids, p / p.sum(dim=1, keepdim=True))
+    law = torch.zeros_like(p).scatter(1, order, p / p.sum(dim=1, keepdim=True))
+    return law, order if top_k > 0 or top_p < 1 else ids

@@ -338,11 +338,12 @@ void combine_float64(const Views& views, double alpha, double plausibility, doub
   for (int64_t b = 0; b < views.B; ++b) {
     const auto* l = reinterpret_cast<const double*>(views.logits + b * views.stride);
     const auto* other = reinterpret_cast<const double*>(views.contrast + b * views.contrast_stride);
-    const double floor = *std::max_element(l, l + views.V) + std::log(plausibility);
+    double top = lowest;  // the largest number: a NaN makes no token implausible
+    for (int64_t v = 0; v < views.V; ++v) top = l[v] > top ? l[v] : top;
+    const double floor = top + std::log(plausibility);
     for (int64_t v = 0; v < views.V; ++v, ++out) {
-      const bool kept = l[v] > lowest && other[v] > lowest && (plausibility == 0 || l[v] >= floor);
-      const bool number = l[v] == l[v] && other[v] == other[v];
-      *out = kept || !number ? (1 + alpha) * l[v] - alpha * other[v] : lowest;
+      const bool masked = l[v] == lowest || other[v] == lowest || (plausibility > 0 && l[v] < floor);
+      *out = masked ? lowest : (1 + alpha) * l[v] - alpha * other[v];
     }
   }
 }
