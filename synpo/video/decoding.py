@@ -109,7 +109,7 @@ def decode(
     clip_policy: FramePolicy | None = None,
     section: tuple[float, float] | None = None,
     each: Callable[[np.ndarray, int], np.ndarray] | None = None,
-    threads: int = 0,
+    threads: int = 1,
     time_limit: float = 600.0,
     tolerance: float = 0.1,
     max_bytes: int = 2 << 30,
@@ -127,7 +127,8 @@ def decode(
         section: (start, end) in seconds of the file; what lies outside does not exist for this call.
         each: from a chosen frame (H, W, 3) uint8 and the number of frames in its view to what is kept of it, as it is
             decoded: PixelSpec.resize keeps the memory of many or large frames small.
-        threads: of the decoder; 0 lets FFmpeg choose. Frames do not depend on it.
+        threads: of the decoder; 0 lets FFmpeg choose. With more than one, what a damaged file gives may differ from
+            run to run; of other files the frames do not depend on it.
         time_limit: seconds for this call.
         tolerance: the share of what is read that may be damaged.
         max_bytes: the most that the chosen frames may take.
