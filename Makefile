@@ -13,7 +13,7 @@ WHEELS ?=
 MINUTES ?= 8.5
 PART ?=
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench sanitize gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/synpo demo
@@ -28,6 +28,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+# The C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: needs a compiler alone.
+sanitize:
+	csrc/sanitize/run
 
 # On a machine with a GPU and with what it has installed: nothing is fetched, .venv is not used.
 gpu:

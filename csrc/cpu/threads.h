@@ -9,6 +9,8 @@
 #include <memory>
 #include <new>
 
+#include "interrupts.h"
+
 namespace synpo {
 
 inline int64_t thread_count() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
@@ -25,24 +27,31 @@ Tasks(int64_t, Run) -> Tasks<Run>;
 
 // Runs all tasks of some kinds together, on at most `workers` threads with one barrier at the end. A worker
 // (0 <= worker < workers) takes the next free task, so a slow core holds nobody up. Inside another parallel region
-// everything runs on the calling thread.
+// everything runs on the calling thread. False when interrupted() left tasks undone: the op is then to return at once.
 template <class... Run>
-void run_tasks(int64_t workers, const Tasks<Run>&... kinds) {
+bool run_tasks(int64_t workers, const Tasks<Run>&... kinds) {
   const int64_t total = (kinds.count + ...);
   std::atomic<int64_t> next{0};
+  std::atomic<bool> whole{true};
   torch::stable::parallel_for(0, std::min(total, workers), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t i = next++; i < total; i = next++) {
+        if (interrupted()) {
+          whole = false;
+          next = total;
+          break;
+        }
         int64_t first = 0;
         ((i >= first && i < first + kinds.count ? kinds.run(i - first, worker) : void(), first += kinds.count), ...);
       }
     }
   });
+  return whole;
 }
 
 template <class Run>
-void run_tasks(int64_t workers, int64_t count, const Run& run) {
-  run_tasks(workers, Tasks<const Run&>{count, run});
+bool run_tasks(int64_t workers, int64_t count, const Run& run) {
+  return run_tasks(workers, Tasks<const Run&>{count, run});
 }
 
 // Uninitialised memory on a cache line's border.

@@ -276,9 +276,9 @@ struct Kernels {
 
   static void multiply(const Unit* a, int64_t a_row, int64_t a_unit, const Unit* panels, int64_t panel_stride,
                        int64_t units, Acc* c, int64_t c_stride, int64_t m, int64_t n, bool whole, bool accumulate) {
-    // Even chunks, so that a depth just above kDepth does not end in a sliver.
-    const int64_t chunks = (units + kDepth - 1) / kDepth, depth = (units + chunks - 1) / chunks;
-    for (int64_t k = 0; k < units; k += depth) {
+    // Even chunks, so that a depth just above kDepth does not end in a sliver; one, of nothing, that still writes c.
+    const int64_t chunks = units > 0 ? (units + kDepth - 1) / kDepth : 1, depth = (units + chunks - 1) / chunks;
+    for (int64_t chunk = 0, k = 0; chunk < chunks; ++chunk, k += depth) {
       const int64_t part = units - k < depth ? units - k : depth;
       for (int64_t i0 = 0; i0 < m; i0 += kRows) {
         const int64_t i1 = m - i0 < kRows ? m : i0 + kRows;

@@ -191,8 +191,10 @@ std::tuple<Tensor, Tensor, Tensor> sums_of(const TileKernels<Mode>& kernels, con
                         head.targets[row0 + row] - v - column, &running.piece_shift[piece], &running.piece_sum[piece]);
         if (weighted) kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(v, row, column));
       };
-      run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
-                sweep.logits(head.weight, rows, v, columns, emit));
+      if (!run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
+                     sweep.logits(head.weight, rows, v, columns, emit))) {
+        return {result_of(running.shift, hidden), result_of(running.total(), hidden), product_out};
+      }
       running.merge(sweep.workers(), row0, rows, [&](int64_t row, int64_t column, Acc factor) {
         if (weighted) kernels.scale_operands(sweep.tile(v, row, column), running.width, factor);
       }, [&](int64_t row, Acc factor) {
@@ -233,9 +235,11 @@ Tensor grads_of(const TileKernels<Mode>& kernels, const Tensor& hidden, const Te
                         head.targets[row0 + row] - v - column, &unused_shift, &unused_sum);
         kernels.store_operands(x, round_up(n, kUnitSize<Mode>), sweep.tile(v, row, column));
       };
-      run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
-                sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
-                sweep.logits(head.weight, rows, v, sweep.columns_at(v), emit));
+      if (!run_tasks(sweep.workers(), sweep.product(head.weight, rows, v - sweep.span, block_product),
+                     sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
+                     sweep.logits(head.weight, rows, v, sweep.columns_at(v), emit))) {
+        return product_out;
+      }
     }
   }
   return product_out;
@@ -269,7 +273,7 @@ std::tuple<Tensor, Tensor> store_of(const TileKernels<Mode>& kernels, const Tens
                       &running.piece_shift[piece], &running.piece_sum[piece]);
       kernels.store_row(x, n, stored.dtype, at(row, v));
     };
-    run_tasks(sweep.workers(), sweep.logits(head.weight, rows, 0, head.V, emit));
+    if (!run_tasks(sweep.workers(), sweep.logits(head.weight, rows, 0, head.V, emit))) break;
     running.merge(sweep.workers(), row0, rows, [&](int64_t row, int64_t v, Acc factor) {
       kernels.scale_row(at(row, v), std::min(running.width, head.V - v), stored.dtype, factor);
     }, [](int64_t, Acc) {});
@@ -299,9 +303,11 @@ Tensor stored_grads_of(const TileKernels<Mode>& kernels, const Tensor& tile, con
     if (grad_w) sweep.take_scaled(hidden_in, row0, rows, minus_coefs.data() + row0);
     Acc* block_product = weighted ? product + row0 * H : nullptr;
     for (int64_t v = 0; v < V + sweep.span; v += sweep.span) {
-      run_tasks(sweep.workers(), sweep.product(weight_in, rows, v - sweep.span, block_product),
-                sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
-                sweep.load_tile(stored, row0, rows, v));
+      if (!run_tasks(sweep.workers(), sweep.product(weight_in, rows, v - sweep.span, block_product),
+                     sweep.gradient(rows, v - sweep.span, coefs.data() + row0, grad_w, grad_b),
+                     sweep.load_tile(stored, row0, rows, v))) {
+        return product_out;
+      }
     }
   }
   return product_out;

@@ -76,7 +76,7 @@ class VocabSweep {
     int64_t columns = 16384;
     if (shape.tile) {
       // The span's weights are read twice: the second time from the shared cache, when they fit there.
-      columns = std::min(workers_ * kSpanBytes / (row_block * size), workers_ * kSpanBytes / (H * size));
+      columns = workers_ * kSpanBytes / (std::max(row_block, H) * size);
       columns = std::max(columns, 2 * workers_ * logit_columns_);
       columns = std::clamp<int64_t>(columns, kSegment, std::max(kSegment, workspace / 4 / (row_block * size)));
     }
@@ -193,10 +193,11 @@ class VocabSweep {
     const int64_t columns = columns_at(v);
     const int64_t segments = grad_weight || grad_bias ? divide_up(columns, kSegment) : 0;
     const Grid grid(1, shape_.H, 256, divide_up(workers_, std::max<int64_t>(1, segments)));
-    return Tasks{segments * grid.tasks(), [=](int64_t task, int64_t worker) {
-      const int64_t column = task / grid.tasks() * kSegment, n = std::min(kSegment, columns - column);
+    const int64_t parts = std::max<int64_t>(1, grid.tasks());  // without columns of hidden, a bias still has its sum
+    return Tasks{segments * parts, [=](int64_t task, int64_t worker) {
+      const int64_t column = task / parts * kSegment, n = std::min(kSegment, columns - column);
       const int64_t units = divide_up(rows, kUnit);
-      const auto part = grid.part(task % grid.tasks());
+      const auto part = grid.part(task % parts);
       const Operand* segment = tile(v, 0, column);
       if (grad_bias && part.column == 0)
         kernels.subtract_column_sums(segment, kTileStride, rows, n, coef, grad_bias + v + column);
