@@ -51,6 +51,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "video_llama_3": _PATCHES | _QWEN2 | {"rule": "shared_area", "temporal_patch_size": 1, "moments": HALF},
 }  # fmt: skip
 
+# Settings that would change the pixels: bounds of another kind, and a frame made square by a border.
+UNSUPPORTED = {"cap_pixels_per_frame": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "do_pad": ("llava",)}
+
 
 @dataclass(frozen=True)
 class PixelSpec:
@@ -92,13 +95,14 @@ class PixelSpec:
             raise ValueError(f"no pixels are known for a {family!r} model; known: {', '.join(sorted(FAMILIES))}")
         mean, std = FAMILIES[family].get("moments", CLIP)
         default = {"image_mean": mean, "image_std": std, "resample": BICUBIC, "rescale_factor": 1 / 255}
-        # None is how transformers writes "not set"
-        given = default | FAMILIES[family] | {k: v for k, v in (settings or {}).items() if v is not None}
-        for name in ("cap_pixels_per_frame", *(() if family == "smolvlm" else ("do_pad",))):
-            if given.get(name):
+        own = {k: v for k, v in (settings or {}).items() if v is not None}  # None: transformers' word for "not set"
+        given = default | FAMILIES[family] | own
+        for name, families in UNSUPPORTED.items():
+            if family in families and given.get(name):
                 raise ValueError(f"{family}: {name}={given[name]} is not supported; switch it off in the settings")
         rule, bounds = _size_rule(given)
-        crop = given.get("crop_size") if given.get("do_center_crop", "crop_size" in FAMILIES[family]) else None
+        # a tower of another kind, SigLIP in a LLaVA, has a size of its own and no crop
+        cropped = given.get("do_center_crop", "crop_size" in (own if "size" in own else given))
         normalised = given.get("do_normalize", True)
         return cls(
             family=family,
@@ -106,7 +110,7 @@ class PixelSpec:
             layout=given["layout"],
             rule=rule,
             bounds=bounds,
-            crop=None if crop is None else _height_width(crop),
+            crop=_height_width(given["crop_size"]) if cropped else None,
             resample=int(given["resample"]),
             scale=float(given["rescale_factor"]) if given.get("do_rescale", True) else 1.0,
             mean=_three(given["image_mean"]) if normalised else (0.0, 0.0, 0.0),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -208,6 +209,14 @@ def test_a_models_own_settings_are_read_from_its_folder(tmp_path):
     assert PixelSpec.read(tmp_path).bounds == (14, 14)
     write("processor_config.json", {"video_processor": {"size": {"height": 16, "width": 16}}})
     assert PixelSpec.read(tmp_path).bounds == (16, 16)
+
+
+def test_settings_for_images_serve_where_a_model_has_no_others():
+    """Padding is for its cut-up images; a video's frames are resized to the square."""
+    spec = PixelSpec.of(
+        "llava_onevision", settings_of(LlavaOnevisionImageProcessorPil(size={"height": 30, "width": 30}))
+    )
+    assert (spec.rule, spec.bounds, spec.crop) == ("exact", (30, 30), None)
 
 
 def test_older_names_of_settings():
