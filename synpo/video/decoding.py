@@ -135,7 +135,8 @@ def decode(
 
     Raises:
         VideoError: names the file and the cause: missing, empty, not a video, without a video stream, without a frame
-            that can be decoded, damaged beyond tolerance, over time_limit or max_bytes.
+            that can be decoded, shorter than a section or clip, damaged beyond tolerance, over time_limit or
+            max_bytes, or with frames that `each` refuses by a ValueError.
         ValueError: arguments out of range.
     """
     deadline = Deadline(describe(source), time_limit)
@@ -145,6 +146,10 @@ def decode(
     for clip_start, clip_end in clips(end - start) if clips else ():
         if not 0 <= clip_start < clip_end:
             raise ValueError(f"clips: 0 <= start < end must hold, not {(clip_start, clip_end)}")
+        if clip_start >= end - start:
+            raise VideoError(
+                deadline.name, f"clip {(clip_start, clip_end)} begins after its end at {end - start:.3f} s"
+            )
         stretches.append((start + clip_start, min(start + clip_end, end), clip_policy or policy))
     moments = [
         choose_times(timeline.ticks, timeline.at(a), timeline.at(b), b - a, policy) for a, b, policy in stretches

@@ -27,7 +27,10 @@ class Images:
         """(H, W, 3) uint8, RGB, upright, of a frame in a view of `count` frames."""
         image = self._upright(frame)
         if self.each is not None:
-            image = self.each(image, count)
+            try:
+                image = self.each(image, count)
+            except ValueError as error:  # a shape that the model cannot take
+                raise VideoError(self.name, str(error)) from error
         shape = self.shapes.setdefault(count, image.shape)
         if image.shape != shape:  # the resolution changes within the stream: the first frame's is kept
             image = np.asarray(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from synpo.video import FramePolicy, VideoError, clip_bounds, decode, probe
+from synpo.video import FramePolicy, PixelSpec, VideoError, clip_bounds, decode, probe
 from synpo.video import decoding as module
 from tests.video.films import HEIGHT, RATE, WIDTH, every_frame, film, picture, real
 
@@ -182,6 +182,8 @@ def test_a_section_out_of_range_is_refused(section, error, message):
 def test_clips_out_of_range_are_refused():
     with pytest.raises(ValueError, match="clips: 0 <= start < end"):
         decode(film(), clips=lambda seconds: [(0.0, 1.0), (2.0, 2.0)])
+    with pytest.raises(VideoError, match=r"clip \(3\.0, 4\.0\) begins after its end at 3\.000 s"):
+        decode(film(), clips=lambda seconds: [(0.0, 1.0), (seconds, seconds + 1)])
 
 
 def test_each_frame_is_shrunk_as_it_is_decoded_by_the_size_of_its_view():
@@ -197,6 +199,12 @@ def test_each_frame_is_shrunk_as_it_is_decoded_by_the_size_of_its_view():
     assert video.frames.shape == (4, 16, 24, 3)
     assert video.clips[0].frames.shape == (2, 32, 48, 3)
     assert sorted(seen) == [2] * 4 + [4] * 4
+
+
+def test_frames_that_a_model_cannot_take_are_refused_by_name(tmp_path):
+    (tmp_path / "flat.mp4").write_bytes(film(size=(2, 602), codec="mpeg4"))
+    with pytest.raises(VideoError, match=r"flat\.mp4: frames of 602x2 are too oblong"):
+        decode(tmp_path / "flat.mp4", each=PixelSpec.of("qwen2_vl").resize)
 
 
 def test_a_change_of_resolution_keeps_the_first():
