@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..video import View
 from .decoding import Generated, OnTokens, contrastive_decode
 from .features import Features, encode, family_of
-from .prompts import DESCRIBE, REVISE, Prompt, batch, make_prompt, without_tokens
+from .prompts import DESCRIBE, REVISE, Prompt, make_prompt, without_tokens
+from .rows import Heads, batch
 from .sampling import Sampling, StopStrings
 from .views import ContrastView, third
 
@@ -74,10 +75,11 @@ class Captioner:
     ) -> list[list[Caption]]:
         """`candidates` captions of each video or clip.
 
-        Every view is encoded once; candidates share its prefill. contrast: the view whose logits are contrasted; None
-        switches contrastive decoding off. retrospective: how often the model sees the video again with its own caption
-        and writes a better one; candidate by candidate. seeds: one for each caption, view by view, or an int s meaning
-        s, s + 1, ... A caption depends on its view, its seed and the settings, not on what else is in the call.
+        Every view goes through the vision tower and the language model once; candidates and passes go on from there.
+        contrast: the view whose logits are contrasted; None switches contrastive decoding off. retrospective: how often
+        the model sees the video again with its own caption and writes a better one; candidate by candidate. seeds: one
+        for each caption, view by view, or an int s meaning s, s + 1, ... A caption depends on its view, its seed and
+        the settings, not on what else is in the call.
 
         Errors: ValueError for settings out of range, a model that takes no frames, an empty instruction; UnusableFrames
         for frames of a size that the model's pixels cannot be made of.
@@ -87,7 +89,10 @@ class Captioner:
         pairs = [self.features(view, contrast) for view in views]
         fulls = [self.prompt(instruction, full) for full, _ in pairs]
         poors = [self.prompt(instruction, poor) for _, poor in pairs] if contrast else None
-        found = self.generate(fulls, poors, sampling=sampling, candidates=candidates, seeds=seeds, on_tokens=on_tokens)
+        heads = Heads(self.model, [*fulls, *(poors or ())], self.batch_size)
+        found = self.generate(
+            fulls, poors, sampling=sampling, candidates=candidates, seeds=seeds, on_tokens=on_tokens, heads=heads
+        )
         for number in range(1, retrospective + 1):
             again = [at for at, caption in enumerate(found) if caption.failure is None]
             texts = [
@@ -107,6 +112,7 @@ class Captioner:
                 first_step=number * PASS_STEPS,
                 on_tokens=on_tokens,
                 drafts=[found[at] for at in again],
+                heads=heads,
             )
             for at, caption in zip(again, better, strict=True):
                 found[at] = caption
@@ -145,8 +151,10 @@ class Captioner:
         first_step: int = 0,
         on_tokens: OnTokens | None = None,
         drafts: Sequence[Caption] | None = None,
+        heads: Heads | None = None,
     ) -> list[Caption]:
-        """Texts for prompts of any kind, a prompt's candidates side by side. contrasts: a row for each prompt.
+        """Texts for prompts of any kind, a prompt's candidates side by side. contrasts: a row for each prompt. drafts:
+        what each caption is a revision of. heads: caches that prompts about the same videos go on from.
 
         on_tokens gets {row: newest token} after every step, rows numbered as in the result.
         """
@@ -163,7 +171,7 @@ class Captioner:
             start = len(found)
             part = [*prompts[first:last], *(contrasts[first:last] if contrasts is not None else ())]
             found += self.model.generate(
-                **batch(self.model, part),
+                **batch(self.model, part, heads),
                 generation_config=self._config(sampling),
                 custom_generate=contrastive_decode,
                 sampling=sampling,

@@ -29,7 +29,7 @@ def load_captioner(
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     spec = None
     if model.config.model_type in FAMILIES:
-        spec = PixelSpec.read(_settings(model.config.name_or_path))
+        spec = PixelSpec.read(settings_folder(model.config.name_or_path))
     return Captioner(
         model.to(device),
         load_tokenizer(name),
@@ -38,7 +38,7 @@ def load_captioner(
     )
 
 
-def _settings(name: str) -> Path:
+def settings_folder(name: str) -> Path:
     """The folder with a model's settings; those of a hub name are fetched into the cache."""
     where = locate(name).where
     if Path(where).is_dir():

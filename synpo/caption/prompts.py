@@ -1,6 +1,5 @@
-"""From an instruction and a video's features to the rows of a batch."""
+"""From an instruction and a video's features to the ids of a prompt, in the model's own chat format."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,11 @@ REVISE = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row: ids (T,) int64 on the CPU, and the features whose vectors replace its placeholders, if any."""
+    """What one text is written after."""
 
-    ids: Tensor
-    features: Features | None = None
+    ids: Tensor  # (T,) int64, on the CPU
+    features: Features | None = None  # a video whose vectors replace the placeholders among the ids, in their order
+    head: int = 0  # ids up to the last placeholder; prompts about the same video begin alike
 
 
 def make_prompt(
@@ -50,14 +50,16 @@ def make_prompt(
             f"the tokenizer gives id {int(ids.max())}, the model's vocabulary has {entries} entries; they do not "
             "belong together"
         )
+    head = 0
     if features is not None:
-        places = int((ids == _place(model)).sum())
-        if places != len(features.vectors):
+        places = (ids == placeholder(model)).nonzero()
+        head = int(places[-1]) + 1 if len(places) else 0
+        if len(places) != len(features.vectors):
             raise ValueError(
-                f"the prompt has {places} places for the video's {len(features.vectors)} vectors; is the placeholder a "
-                "token of its own in this tokenizer, and not in the instruction?"
+                f"the prompt has {len(places)} places for the video's {len(features.vectors)} vectors; the "
+                "placeholder has to be a token of its own in this tokenizer, and must not be in the instruction"
             )
-    return Prompt(ids, features)
+    return Prompt(ids, features, head)
 
 
 def without_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, text: str) -> str:
@@ -71,24 +73,6 @@ def without_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, t
     return text
 
 
-def batch(model: PreTrainedModel, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """Arguments of generate for these rows, left-padded: ids or, with features, embeddings; mask; mRoPE positions."""
-    ids = [prompt.ids.to(model.device) for prompt in prompts]
-    longest = max(map(len, ids))
-    mask = torch.stack([_padded(torch.ones_like(row), longest) for row in ids])
-    if all(prompt.features is None for prompt in prompts):
-        return {"input_ids": torch.stack([_padded(row, longest) for row in ids]), "attention_mask": mask}
-    rows = [_embedded(model, row, prompt.features) for row, prompt in zip(ids, prompts, strict=True)]
-    made = {
-        "inputs_embeds": torch.stack([_padded(row.T, longest).T for row in rows]),
-        "attention_mask": mask,
-    }
-    if hasattr(model.base_model, "get_rope_index"):
-        positions = [_mrope(model, row, prompt.features) for row, prompt in zip(ids, prompts, strict=True)]
-        made["position_ids"] = torch.stack([_padded(row, longest) for row in positions], dim=1)
-    return made
-
-
 def _render(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruction: str, features: Features | None
 ) -> str:
@@ -97,7 +81,7 @@ def _render(
             return instruction
         return _chat(tokenizer, instruction, [])
     family = family_of(model)
-    words = Words(tokenizer.convert_ids_to_tokens(_place(model)), tokenizer)
+    words = Words(tokenizer.convert_ids_to_tokens(placeholder(model)), tokenizer)
     marker = family.marker or words.place
     texts = family.expand(features, words)
     if tokenizer.chat_template is None:
@@ -116,14 +100,15 @@ def _render(
 def _chat(tokenizer: PreTrainedTokenizerBase, instruction: str, media: list[dict[str, str]], marker: str = "") -> str:
     """The chat template's text. A template that knows plain strings only gets the markers inside the string."""
     parts: Any = [*media, {"type": "text", "text": instruction}]
-    if not _takes_parts(tokenizer):
+    if not takes_parts(tokenizer):
         parts = marker * len(media) + ("\n" if media else "") + instruction
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
     )
 
 
-def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template takes a message's content as a list of parts, not as a string alone."""
     probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
     try:
         text = tokenizer.apply_chat_template(probe, tokenize=False)
@@ -132,34 +117,6 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "'type'" not in text
 
 
-def _place(model: PreTrainedModel) -> int:
+def placeholder(model: PreTrainedModel) -> int:
+    """The id that stands for one vector of features."""
     return int(getattr(model.config, family_of(model).token))
-
-
-def _padded(row: Tensor, length: int) -> Tensor:
-    return torch.nn.functional.pad(row, (length - row.shape[-1], 0))
-
-
-def _embedded(model: PreTrainedModel, ids: Tensor, features: Features | None) -> Tensor:
-    """(T, H): token embeddings, the video's vectors in their places."""
-    with torch.no_grad():
-        found = model.get_input_embeddings()(ids)
-        if features is not None:
-            found[ids == _place(model)] = features.vectors.to(found.device, found.dtype)
-    return found
-
-
-def _mrope(model: PreTrainedModel, ids: Tensor, features: Features | None) -> Tensor:
-    """(4, T): positions in the text, then along time, height and width, as Qwen's models count them for one row."""
-    text = torch.arange(len(ids), device=ids.device)
-    if features is None:
-        return text.expand(4, -1)
-    merge = model.config.vision_config.spatial_merge_size
-    rows, columns = features.grid
-    vision, _ = model.base_model.get_rope_index(
-        ids[None],
-        mm_token_type_ids=(ids == _place(model)).int()[None] * 2,
-        video_grid_thw=torch.tensor([[len(features.units), rows * merge, columns * merge]], device=ids.device),
-        second_per_grid_ts=torch.tensor([features.seconds_per_unit], device=ids.device),
-    )
-    return torch.cat([text[None], vision[:, 0]])

@@ -1,5 +1,6 @@
 """Captions of videos: encoded once, prompts as each family's processor writes them, passes, seeds, batches."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from synpo.caption import (
     UnusableFrames,
     contrast_view,
 )
-from synpo.caption.prompts import batch, without_tokens
+from synpo.caption.prompts import without_tokens
+from synpo.caption.rows import Heads, batch
 from synpo.pairs import VIDEO_PROMPT
 from tests.caption import tiny
 
@@ -104,6 +106,37 @@ def test_a_video_is_encoded_once_for_contrast_view_candidates_and_passes() -> No
         assert [len(pixels) for pixels in calls] == [6, 1]
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("family", tiny.VIDEO_FAMILIES)
+def test_passes_go_on_from_the_cache_of_their_video(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every prompt were computed whole; and the language model sees each view of a video once."""
+    made = captioner(family)
+    views = [tiny.view(frames=6), tiny.view(frames=4, seed=1)]
+    settings = {"sampling": SHORT, "candidates": 2, "seeds": range(4)}
+    seen: list[tuple[int, int]] = []
+    hook = made.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    try:
+        shared = [caption for of_view in made.captions(views, "w1", **settings) for caption in of_view]
+    finally:
+        hook.remove()
+    pairs = [made.features(view, VIEWS["third"]) for view in views]
+    heads = Counter(made.prompt("w1", features).head for pair in pairs for features in pair)
+    assert {width: rows for rows, width in seen[: len(heads)]} == heads
+    revised = REVISE.format(instruction="w1", caption="")
+    again = made.prompt(revised, pairs[0][0])
+    longest = len(again.ids) - again.head + SHORT.max_new_tokens
+    assert max(width for _, width in seen[len(heads) :]) <= longest
+    monkeypatch.setattr(Heads, "row", lambda *_: None)
+    whole = [caption for of_view in made.captions(views, "w1", **settings) for caption in of_view]
+    for a, b in zip(shared, whole, strict=True):
+        assert a.generated.tokens.tolist() == b.generated.tokens.tolist()
+        assert a.text == b.text
+        assert (a.draft is None) == (b.draft is None)  # a random model may end without a word
+        assert a.draft is None or a.draft.text == b.draft.text
+        torch.testing.assert_close(a.generated.logps, b.generated.logps, atol=1e-4, rtol=0)
 
 
 def test_a_caption_depends_on_its_view_seed_and_settings_alone() -> None:

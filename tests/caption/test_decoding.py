@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from synpo.caption import GREEDY, Captioner, Generated, Sampling, StopStrings, contrastive_decode, views
-from synpo.caption.prompts import Prompt, batch
+from synpo.caption.prompts import Prompt
+from synpo.caption.rows import batch
 from synpo_kernels import contrastive_sample
 from tests.caption import tiny
 
