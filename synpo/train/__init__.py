@@ -1,8 +1,8 @@
 """Training on preference pairs: configuration, data, the trainer, its diagnostics."""
 
+from ..evaluate import paired_bootstrap
 from ..pretrained import load_model, load_tokenizer
 from .config import SynPOConfig
-from .diagnostics import paired_bootstrap
 from .model import lora_recipe
 from .trainer import SynPOTrainer
 

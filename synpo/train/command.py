@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
+from ..evaluate import Change, paired_bootstrap
 from ..options import add_options, field_names, given_options, option
 from ..pairs import apply_filters, load_pairs, split_pairs
 from ..pretrained import DTYPES, load_model, load_tokenizer
 from ..run_files import read_json_lines, write_atomically
 from . import checkpoints
 from .config import SynPOConfig, own_fields
-from .diagnostics import Change, paired_bootstrap
 from .model import LORA_TARGETS, lora_recipe
 from .trainer import PAIRS_FOLDER, SynPOTrainer
 

@@ -1,8 +1,6 @@
-"""What a run tells about itself: metrics of pairs, their means, and changes with their confidence intervals."""
+"""What a run tells about itself: metrics of pairs, and their means."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,39 +104,3 @@ class RunningMeans:
         means = {name: value / pairs for name, value in zip(self.sums, sums, strict=True)}
         self.sums, self.pairs = {}, 0
         return int(pairs), means
-
-
-class Change(NamedTuple):
-    """A mean change with the ends of its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], *, resamples: int = 10_000, seed: int = 0
-) -> Change:
-    """Percentile bootstrap of mean(after - before) over pairs, 95 %: pairs are drawn with replacement, each with both
-    its values.
-
-    Errors: ValueError for different lengths, no pair, or a value that is not finite (position named).
-    """
-    if len(before) != len(after) or not len(before):
-        raise ValueError(
-            f"before has {len(before)} values and after {len(after)}; the same pairs, at least one, are needed in both"
-        )
-    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(difference))
-    if bad.size:
-        raise ValueError(f"pair {bad[0]}: before {before[bad[0]]}, after {after[bad[0]]}; finite values are needed")
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    step = max(1, 10_000_000 // len(difference))  # keeps a draw of indices under 80 MB
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        means[start : start + count] = difference[
-            generator.integers(len(difference), size=(count, len(difference)))
-        ].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Change(math.fsum(difference) / len(difference), float(low), float(high))

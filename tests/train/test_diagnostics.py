@@ -1,13 +1,11 @@
-"""Metrics in closed form against autograd, means over pairs, and the bootstrap."""
+"""Metrics in closed form against autograd, and means over pairs."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from synpo.train.diagnostics import RunningMeans, pair_metrics, paired_bootstrap
+from synpo.train.diagnostics import RunningMeans, pair_metrics
 from synpo_kernels import PreferenceOutput, objectives
 from tests.train import tiny
 
@@ -63,36 +61,3 @@ def test_means_weigh_every_pair_alike() -> None:
     means.add(torch.tensor(5.0), {"rewards/chosen": torch.tensor([7.0])})
     assert means.read() == (4, {"loss": 2.0, "rewards/chosen": 4.0})
     assert means.read() == (0, {})
-
-
-def test_bootstrap_interval_is_the_normal_one_for_many_pairs() -> None:
-    generator = np.random.default_rng(0)
-    before = generator.normal(size=4000)
-    after = before + generator.normal(0.1, 0.5, size=4000)
-    change = paired_bootstrap(before, after)
-    difference = after - before
-    half = 1.96 * difference.std() / np.sqrt(4000)
-    assert change.mean == pytest.approx(difference.mean())
-    # The end points of 10,000 resamples wander by about sqrt(.025 * .975 / 10000) / density, 2 % of the half width.
-    assert change.low == pytest.approx(change.mean - half, abs=0.1 * half)
-    assert change.high == pytest.approx(change.mean + half, abs=0.1 * half)
-    assert paired_bootstrap(before, after) == change
-
-
-def test_bootstrap_pairs_the_values() -> None:
-    before = np.linspace(-100, 100, 50)
-    change = paired_bootstrap(before, before + 1)
-    assert change == pytest.approx((1, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ([1.0], [1.0, 2.0], "before has 1 values and after 2"),
-        ([], [], "before has 0 values"),
-        ([1.0, 2.0], [1.0, float("nan")], "pair 1: before 2.0, after nan"),
-    ],
-)
-def test_bootstrap_refuses(before: Any, after: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        paired_bootstrap(before, after)
