@@ -48,6 +48,7 @@ def append(path: Path, spec: Spec, result: Result) -> None:
 
 def _write(path: Path, columns: list[str], row: dict[str, Any]) -> None:
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if new:

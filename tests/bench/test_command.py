@@ -17,7 +17,7 @@ TIMES = {"p20_ms": 1.5, "p50_ms": 2.0, "p80_ms": 2.5, "gemm_ms": 1.0, "ratio_to_
 
 
 def test_a_run_appends_rows_with_exactly_the_columns_and_prints_a_table(tmp_path, capsys):
-    out = tmp_path / "here.csv"
+    out = tmp_path / "results" / "here.csv"  # the folder is made by the first row
     arguments = ["--case", "smollm2-135m", "--n", "2", "--dtype", "fp32", "--rounds", "2", "--device", "cpu"]
     assert command.main([*arguments, "--impl", "naive", "cut-cross-entropy-exact", "--out", str(out)]) == 0
     assert out.read_text().splitlines()[0] == COLUMNS
