@@ -35,6 +35,14 @@ DEVICE_TESTS = (
 )  # fmt: skip
 SANITIZED = "tile edges or one_launch"  # tests run under compute-sanitizer: ragged tiles of every route, the loss
 SANITIZER_SECONDS = 100
+# Nsight Compute on our kernels, before tuning: how near each unit is to its peak, and what warps wait for.
+PROFILER = (
+    "ncu", "--clock-control", "none", "--launch-count", "16",
+    "--kernel-name", "regex:_score_kernel|_pass_kernel|_reduce_kernel|_rescale_kernel|_synpo_kernel",
+    "--section", "SpeedOfLight", "--section", "ComputeWorkloadAnalysis", "--section", "MemoryWorkloadAnalysis",
+    "--section", "WarpStateStats", "--section", "Occupancy",
+)  # fmt: skip
+PROFILER_SECONDS = 90
 
 
 class Run:
@@ -253,6 +261,11 @@ def run_tune(run: Run) -> bool:
     from .gpu_jobs import Worker
 
     path = run.out / "tune.csv"
+    if shutil.which(PROFILER[0]) is None:
+        run.say("Nsight Compute (ncu) is not installed: no profile")
+    elif not (run.out / "ncu.log").exists():
+        code = f"from bench.gpu_kernels import profiled; profiled({run.device!r})"
+        _watch(run, "ncu.log", [*PROFILER, sys.executable, "-c", code], min(PROFILER_SECONDS, run.left()))
     done = {(row["case"], row["n"], row["kind"], row["choice"]) for row in read(path)}
     with (run.out / "worker.log").open("a") as log:
         worker = Worker(log, run.environment)

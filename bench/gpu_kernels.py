@@ -33,6 +33,7 @@ PEER_MODULES = (
     "liger_kernel.chunked_loss", "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", "cut_cross_entropy",
     "quack.linear_cross_entropy", "trl.kernels", "trl.trainer.utils",
 )  # fmt: skip
+PROFILED = ("smollm2-135m", "llama3-8b")
 FORWARD_PEERS = ("cut-cross-entropy-exact", "liger-cute", "trl-chunked", "quack")
 
 
@@ -96,6 +97,14 @@ def imports() -> list[dict[str, str]]:
         except Exception as error:  # a broken package may raise anything; the reason is what is asked for
             rows.append({"package": module, "import": f"{type(error).__name__}: {error}"[:200]})
     return rows
+
+
+def profiled(device: str) -> None:
+    """What a profiler looks at: our loss and its gradient at a width that runs fused, and at one that does not."""
+    for case in PROFILED:
+        n = min(CASES[case].gpu_n if device == "cuda" else CASES[case].cpu_n)
+        spec = Spec("synpo_loss", "ours", case, "bf16", n, "frozen", BOTH, device, 1, 1.0)
+        measure.step(spec, make_inputs(CASES[case], n, DTYPES["bf16"], torch.device(device)))()
 
 
 def ceilings(device: str, cases: list[str], dtype: str = "bf16") -> list[dict[str, Any]]:
