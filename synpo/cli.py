@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("synpo.train.command", "train a model on preference pairs"),
     "caption": ("synpo.caption.command", "write captions of videos, by contrastive decoding"),
     "env": ("synpo.environment", "print versions, devices and which kernels run"),
+    "evaluate": ("synpo.evaluate.command", "captions against references, alone or two sets compared"),
     "report": ("synpo.report", "draw the curves of runs"),
     "demo": ("synpo.demo", "train a small real model on the example pairs and show what changed"),
 }

@@ -56,3 +56,25 @@ def make_captions(count: int, seed: int) -> list[str]:
     """`count` captions; the same seed gives the same."""
     rng = Random(seed)
     return [make_caption(rng) for _ in range(count)]
+
+
+def _retold(text: str, rng: Random) -> str:
+    """The caption in other words: some left out, some put in, two exchanged."""
+    words = [word for word in text.split(" ") if rng.random() > 0.15]
+    for _ in range(rng.randint(0, 4)):
+        words.insert(rng.randint(0, len(words)), rng.choice(_WORDS))
+    if len(words) > 3 and rng.random() < 0.5:
+        i, j = rng.sample(range(len(words)), 2)
+        words[i], words[j] = words[j], words[i]
+    return " ".join(words)
+
+
+def make_set(videos: int, seed: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Hypotheses and one to five references of each video, which share words; a few share none."""
+    rng = Random(seed)
+    hypotheses, references = {}, {}
+    for number in range(videos):
+        told = make_caption(rng)
+        references[f"video{number}"] = [told, *(_retold(told, rng) for _ in range(rng.randint(0, 4)))]
+        hypotheses[f"video{number}"] = _retold(told, rng) if rng.random() < 0.9 else make_caption(rng)
+    return hypotheses, references

@@ -1,0 +1,208 @@
+"""`synpo evaluate`: captions against references, alone or two files of them compared."""
+
+import argparse
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..options import add_options, given_options, option
+from ..run_files import write_atomically
+from .bootstrap import Change, paired_bootstrap, paired_bootstrap_of_sums
+from .captions import Metric, measure
+from .files import read_hypotheses, read_quizzes, read_references
+from .meteor import find
+
+logger = logging.getLogger(__name__)
+
+METEOR = {"auto": None, "on": True, "off": False}
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of `synpo evaluate`."""
+
+    captions: list[str] = option([], "One file of captions, or two: before and after.")
+    references: str = option("", "File of references; see docs/evaluate.md for its layouts. Required.")
+    out: str = option("", "Write all numbers to this file, as JSON.")
+    partial: bool = option(False, "Leave out, counted, videos that have not all of captions and references.")
+    meteor: str = option("auto", "METEOR, which needs Java: auto (where it can run), on, off.")
+    resamples: int = option(2000, "Resamples of the bootstrap, with two files.")
+    seed: int = option(0, "Seed of the bootstrap.")
+
+    detail: bool = option(False, "Let a judge score detail, 0 to 5, against the references (VDD).")
+    quiz: str = option("", "File of questions; a judge's model answers them from the captions alone (VDC).")
+    judge: str = option("", "Judge: a name at the judge's server. Needed for detail and quiz.")
+    judge_url: str = option("https://api.openai.com/v1", "OpenAI-compatible server of the judge.")
+    judge_key_file: str = option("", "File with the judge's key. Default: environment variable OPENAI_API_KEY.")
+    judge_options: str = option("{}", "JSON object of fields merged into each request; null takes a field out.")
+    judge_answers: str = option("", "Recorded answers (JSON lines), used instead of asking a server.")
+    judge_cache: str = option("judge.sqlite", "Answers are kept here; what is in it is not asked for again.")
+    attempts: int = option(3, "Replies asked for until one can be read; after that the score is missing.")
+    concurrency: int = option(16, "Judge requests under way at once.")
+    budget: float | None = option(None, "Stop before the judge's answers together cost more than this.")
+    price_in: float = option(0.0, "Money per million tokens that the judge reads.")
+    price_out: float = option(0.0, "Money per million tokens that the judge writes.")
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.captions) <= 2:
+            raise ValueError(f"{len(self.captions)} files of captions are given; one or two are needed")
+        if not self.references:
+            raise ValueError("references is missing; give --references or set it in the config file")
+        if self.meteor not in METEOR:
+            raise ValueError(f"meteor is {self.meteor!r}; allowed: {', '.join(METEOR)}")
+        if self.resamples < 100:
+            raise ValueError(f"resamples is {self.resamples}; it has to be at least 100")
+        if (self.detail or self.quiz) and not self.judge:
+            raise ValueError("detail and quiz need a judge; give --judge")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, CAPTIONS..., and a flag for every option."""
+    parser.usage = "synpo evaluate CAPTIONS [CAPTIONS] --references FILE [--config FILE.yaml] [--name value ...]"
+    add_options(parser, EvaluateConfig, positional="captions", group_of=_group)
+
+
+def _group(name: str) -> str:
+    names = list(EvaluateConfig.__dataclass_fields__)
+    return "judged scores" if name in names and names.index(name) >= names.index("detail") else "captions"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the numbers of the captions, and with two files the changes with their 95 % intervals."""
+    config = EvaluateConfig(**given_options(args, EvaluateConfig))
+    references = read_references(Path(config.references))
+    sets, left_out = _aligned(config, references)
+    result: dict[str, Any] = {"captions": config.captions, "references": config.references, "videos": len(sets[0])}
+    for name, videos in left_out.items():
+        logger.warning("left out: %d videos without %s, the first is %s", len(videos), name, videos[0])
+    result["left_out"] = {name: len(videos) for name, videos in left_out.items()}
+    wanted = {video: references[video] for video in sets[0]}
+    measured = [measure(captions, wanted, METEOR[config.meteor]) for captions in sets]
+    if "METEOR" not in measured[0]:
+        reason = find().missing or "switched off"
+        logger.warning("METEOR is left out: %s", reason)
+        result["METEOR"] = reason
+    judged = asyncio.run(_judged(config, sets, wanted)) if config.judge else [{} for _ in sets]
+    rows = [_row(name, [m[name] for m in measured], config) for name in measured[0]]
+    rows += [_judged_row(name, [j[name] for j in judged], config) for name in judged[0]]
+    result["metrics"] = {row.pop("name"): row for row in rows}
+    print(table(result))
+    if config.out:
+        write_atomically(Path(config.out), json.dumps(result, indent=1) + "\n")
+        print(config.out)
+    return 0
+
+
+def _aligned(
+    config: EvaluateConfig, references: Mapping[str, list[str]]
+) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """The captions of the same videos from every file, in the references' order, and what was left out for what."""
+    files = [read_hypotheses(Path(name)) for name in config.captions]
+    left_out: dict[str, list[str]] = {}
+    everything = dict.fromkeys([*references, *(video for file in files for video in (*file.captions, *file.failures))])
+    kept = []
+    for video in everything:
+        lacks = [] if video in references else ["references"]
+        lacks += [f"a caption in {name}" for name, file in zip(config.captions, files, strict=True)
+                  if video not in file.captions]  # fmt: skip
+        for what in lacks:
+            left_out.setdefault(what, []).append(video)
+        if not lacks:
+            kept.append(video)
+    if left_out and not config.partial:
+        what, videos = next(iter(left_out.items()))
+        reason = next((file.failures[videos[0]] for file in files if videos[0] in file.failures), None)
+        raise ValueError(
+            f"{len(videos)} videos are without {what}, the first is {videos[0]!r}{f' ({reason})' if reason else ''}; "
+            "complete the files, or set partial to leave such videos out"
+        )
+    if not kept:
+        raise ValueError("no video has both captions and references; are they named alike?")
+    return [{video: file.captions[video] for video in kept} for file in files], left_out
+
+
+def _row(name: str, metrics: list[Metric], config: EvaluateConfig) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "values": [metric.value for metric in metrics]}
+    if len(metrics) == 2:
+        before, after = metrics
+        change = paired_bootstrap_of_sums(
+            before.parts, after.parts, before.of_sums, resamples=config.resamples, seed=config.seed
+        )
+        row["change"] = change._asdict()
+    return row
+
+
+def _judged_row(name: str, scores: list[Any], config: EvaluateConfig) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "values": [score.mean for score in scores],
+        "valid": [score.valid for score in scores],
+        "failed": [score.failed for score in scores],
+    }
+    if len(scores) == 2:
+        both = [item for item in scores[0].each if None not in (scores[0].each[item], scores[1].each[item])]
+        row["compared"] = len(both)
+        if both:
+            before, after = ([score.each[item] for item in both] for score in scores)
+            row["change"] = paired_bootstrap(before, after, resamples=config.resamples, seed=config.seed)._asdict()
+    return row
+
+
+async def _judged(
+    config: EvaluateConfig, sets: list[dict[str, str]], references: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    # openai takes a second to import
+    from ..judge import AnswerCache, ChatClient, ModelJudge, Spending, read_key
+    from .judged import answers_of, detail_score, quiz_score
+
+    recorded = config.judge_answers
+    client = ChatClient(
+        config.judge,
+        AnswerCache.recorded(Path(recorded)) if recorded else AnswerCache(Path(config.judge_cache)),
+        url=config.judge_url,
+        key=read_key(Path(config.judge_key_file) if config.judge_key_file else None),
+        concurrency=config.concurrency,
+        spending=Spending(config.price_in, config.price_out, config.budget),
+        options=json.loads(config.judge_options),
+        offline=bool(recorded),
+    )
+    judge = ModelJudge(client, attempts=config.attempts)
+    found: list[dict[str, Any]] = []
+    try:
+        for captions in sets:
+            scores: dict[str, Any] = {}
+            if config.detail:
+                scores["detail (VDD)"] = await detail_score(judge, captions, references)
+            if config.quiz:
+                quizzes = [quiz for quiz in read_quizzes(Path(config.quiz)) if quiz.video in captions]
+                if not quizzes:
+                    raise ValueError(f"{config.quiz}: no question about any of these videos")
+                for aspect, pair in (await quiz_score(judge, answers_of(client), captions, quizzes)).items():
+                    scores[f"VDC accuracy, {aspect}"] = pair.accuracy
+                    scores[f"VDC score, {aspect}"] = pair.closeness
+            found.append(scores)
+    finally:
+        await judge.close()
+    logger.info("judge: %s", client.spending)
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as text: a line for each metric, with two files the change and its interval."""
+    two = len(result["captions"]) == 2
+    head = ("before", "after", "change") if two else ("value",)
+    title = f"videos: {result['videos']}"
+    width = max(22, *(len(name) + 2 for name in result["metrics"]))
+    lines = [f"{title:<{width}}" + "".join(f"{name:>10}" for name in head) + ("   95 % interval" if two else "")]
+    for name, row in result["metrics"].items():
+        cells = "".join(f"{'none':>10}" if value is None else f"{value:>10.4f}" for value in row["values"])
+        if change := row.get("change"):
+            cells += f"{Change(**change).mean:>+10.4f}   [{change['low']:+.4f}, {change['high']:+.4f}]"
+        if "failed" in row:
+            cells += f"   failed: {', '.join(map(str, row['failed']))}"
+        lines.append(f"{name:<{width}}{cells}")
+    return "\n".join(lines)
