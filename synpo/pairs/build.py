@@ -7,7 +7,7 @@ bytes as one that was not.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,7 +22,8 @@ from ..judge.background import Background
 from .captioning import Captioner, CaptionPlan, CaptionStore, Failure, Record, captioned
 from .choosing import Lengths, choose, unbalanced
 from .filters import PairFilters
-from .outputs import Spool, write_pairs, write_statistics
+from .outputs import Spool, only_writer, write_pairs, write_statistics
+from .ray_captions import RayCaptioner
 from .schema import normalise_pair
 from .statistics import Statistics
 from .video_lists import VideoItem, VideoList
@@ -57,7 +58,7 @@ class BuildResult:
 
 def build_pairs(
     videos: VideoList,
-    captioner: Captioner,
+    captioner: Captioner | RayCaptioner,
     judge: Judge,
     out: Path,
     plan: CaptionPlan = CaptionPlan(),  # noqa: B008 - frozen
@@ -70,7 +71,7 @@ def build_pairs(
 
     Raises:
         ServerError: the judge or captioner cannot be used; what was done is kept for the next run.
-        ValueError: `out` holds captions made with other settings.
+        ValueError: `out` holds captions made with other settings, or another run is writing there.
     """
     store = CaptionStore(out / "captions", {"captioner": dict(captioner.settings), "plan": plan.settings()})
     settings = {
@@ -89,7 +90,8 @@ def build_pairs(
     finished = True
     with (
         closing(captioner),
-        closing(captioned(videos.items, captioner, plan, store)) as made,
+        only_writer(out),
+        closing(_captions(captioner, videos.items, plan, store)) as made,
         closing(_judged(made, judge, plan.instruction, background)) as judged,
         Spool(out) as spool,
         tqdm(total=len(videos.items), desc="videos", unit=" videos", disable=None) as progress,
@@ -116,6 +118,15 @@ def build_pairs(
     summary = {**statistics.summary(), **_judge_summary(judge), "settings": settings}
     write_statistics(out, summary)
     return BuildResult(statistics, finished)
+
+
+def _captions(
+    captioner: Captioner | RayCaptioner, items: Sequence[VideoItem], plan: CaptionPlan, store: CaptionStore
+) -> Generator[tuple[VideoItem, Record | Failure], None, None]:
+    if isinstance(captioner, RayCaptioner):
+        yield from captioner.captioned(items, plan, store)
+    else:
+        yield from captioned(items, captioner, plan, store)
 
 
 def _judge_summary(judge: Judge) -> dict[str, Any]:
@@ -158,7 +169,7 @@ def _judged(
             else:
                 texts = [candidate["caption"] for candidate in _written(record)]
                 references = [clip["caption"] for clip in record["clips"] if clip["caption"]]
-                pending = own.submit(judge_candidates(judge, instruction, texts, references, record["path"]))
+                pending = own.submit(judge_candidates(judge, instruction, texts, references, _address(record)))
             waiting.append((item, record, pending))
             while waiting and (len(waiting) > _AHEAD or _settled(waiting[0][2])):
                 yield ready()
@@ -168,6 +179,11 @@ def _judged(
         own.run(judge.close())  # answers under way are paid: they go to the cache first
         if background is None:
             own.__exit__()
+
+
+def _address(record: Record) -> str:
+    """What an oracle knows a video by: its path, for a section with the seconds as a media fragment."""
+    return record["path"] + ("" if record["section"] is None else "#t={:g},{:g}".format(*record["section"]))
 
 
 def _settled(pending: Any) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Semaphore
@@ -134,10 +135,15 @@ class CaptionStore:
 
     def get(self, item: VideoItem) -> Record | None:
         """The record of a video; None where there is none, or the video's size has changed since."""
+        file = self.file(item.name)
         try:
-            record: Record = json.loads(self.file(item.name).read_text(encoding="utf-8"))
+            record: Record = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is no record of captions ({error}); delete it to caption {item.name} again"
+            ) from None
         return record if record["bytes"] == item.path.stat().st_size else None
 
     def put(self, record: Record) -> None:
@@ -154,22 +160,12 @@ def captioned(
     """
     turn = Semaphore(captioner.parallel)
 
-    def work(item: VideoItem) -> Record | Failure:
-        try:
-            record = store.get(item)
-            if record is None:
-                record = caption_video(item, captioner, plan, store.folder.parent, turn)
-                store.put(record)
-        except (VideoError, UnusableFrames, OSError, NoAnswer) as error:
-            return error
-        return record
-
     workers = captioner.parallel + 1
     waiting: list[tuple[VideoItem, Future[Record | Failure]]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="synpo-captions") as pool:
         try:
             for item in items:
-                waiting.append((item, pool.submit(work, item)))
+                waiting.append((item, pool.submit(caption_item, item, captioner, plan, store, turn)))
                 if len(waiting) > workers:
                     first, done = waiting.pop(0)
                     yield first, done.result()
@@ -180,7 +176,27 @@ def captioned(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def caption_video(item: VideoItem, captioner: Captioner, plan: CaptionPlan, out: Path, turn: Semaphore) -> Record:
+def caption_item(
+    item: VideoItem,
+    captioner: Captioner,
+    plan: CaptionPlan,
+    store: CaptionStore,
+    turn: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - has no state
+) -> Record | Failure:
+    """A video's record from the store, or made and kept now; or why there is none."""
+    try:
+        record = store.get(item)
+        if record is None:
+            record = caption_video(item, captioner, plan, store.folder.parent, turn)
+            store.put(record)
+    except (VideoError, UnusableFrames, OSError, NoAnswer) as error:
+        return error
+    return record
+
+
+def caption_video(
+    item: VideoItem, captioner: Captioner, plan: CaptionPlan, out: Path, turn: AbstractContextManager[Any]
+) -> Record:
     """Decode a video once and write everything about it. `turn` is held while the captioner works.
 
     Returns: name, path, section, bytes, sha256, duration (s), times (s) of the frames, damaged (packets),

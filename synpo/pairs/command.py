@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ class PairsConfig:
 
     videos: str = option("", "Folder of videos. Required.")
     video_list: str = option("", "Published list of a dataset whose videos are in the folder; see docs/pairs.md.")
-    list_layout: str = option("auto", "auto, sharegpt4video, panda-70m, charades, vatex or msr-vtt.")
+    video_list_layout: str = option("auto", "auto, sharegpt4video, panda-70m, charades, vatex or msr-vtt.")
     max_videos: int | None = option(None, "Use the first so many videos only.")
     model: str = option("", "Captioner: a hub name or a folder; with captioner_url, a name at that server. Required.")
     captioner_url: str = option("", "OpenAI-compatible server that takes images, such as http://127.0.0.1:8000/v1.")
@@ -28,6 +30,9 @@ class PairsConfig:
     captioner_options: str = option("{}", "JSON object of fields merged into each request of the captioner.")
     captioner_parallel: int = option(4, "Videos that are captioned at once, at a server.")
     dtype: str | None = option(None, "A local captioner's weights: float32, bfloat16, float16, auto.")
+    ray: int = option(0, "Caption with so many workers over a Ray cluster (RAY_ADDRESS), else on this machine.")
+    ray_cpus: float = option(1.0, "CPUs that each worker takes.")
+    ray_gpus: float = option(0.0, "GPUs that each worker takes.")
     out: str = option("", "Folder to write to; the same command again goes on where a run stopped. Required.")
 
     instruction: str = option(VIDEO_PROMPT, "What the captions are asked to do; the prompt of the pairs.")
@@ -75,6 +80,8 @@ class PairsConfig:
                     raise ValueError
             except ValueError:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; a JSON object is needed") from None
+        if self.ray and self.captioner_url:
+            raise ValueError("ray and captioner_url: a server has its own workers; give one of the two")
         if self.max_videos is not None and self.max_videos < 1:
             raise ValueError(f"max_videos is {self.max_videos}; it has to be at least 1")
 
@@ -120,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _build(config: PairsConfig) -> int:
     # transformers, openai and av take seconds to import, and `check` needs none of them
-    from ..judge import Weights
+    from ..judge import ModelJudge, Weights
     from ..judge.background import Background
     from ..video import FramePolicy
     from .build import PairRule, build_pairs
@@ -131,11 +138,12 @@ def _build(config: PairsConfig) -> int:
     out = Path(config.out)
     folder = Path(config.videos)
     videos = (
-        listed_videos(Path(config.video_list), folder, config.list_layout)
+        listed_videos(Path(config.video_list), folder, config.video_list_layout)
         if config.video_list
         else folder_videos(folder)
     )
-    del videos.items[config.max_videos :]
+    if config.max_videos is not None:
+        del videos.items[config.max_videos :]
     if videos.missing:
         shown = ", ".join(videos.missing[:5]) + (", ..." if len(videos.missing) > 5 else "")
         logger.warning("%d videos of the list are not in %s: %s", len(videos.missing), folder, shown)
@@ -144,25 +152,27 @@ def _build(config: PairsConfig) -> int:
     plan = CaptionPlan(config.instruction, config.candidates, frames, config.seed)
     weights = Weights(config.weight_factuality, config.weight_fluency, config.weight_consistency)
     rule = PairRule(weights, config.min_score_gap, config.balance_length)
-    with Background() as background:
-        judge = _judge(config, out)
-        result = build_pairs(videos, _captioner(config, out, background), judge, out, plan, rule, background)
+    with ExitStack() as stack:
+        background = stack.enter_context(Background())
+        judge = _judge(config, out, stack)
+        captioner = _captioner(config, out, stack, background)
+        result = build_pairs(videos, captioner, judge, out, plan, rule, background)
     statistics = result.statistics
     for reason, lost in statistics.lost.items():
         logger.info("%s: %d", reason, lost.count)
     for kind, count in sorted(judge.problems.items()):
         logger.info("judge: %s: %d", kind, count)
-    failures = judge.client.failures if config.asks_a_server else {}
+    failures = judge.client.failures if isinstance(judge, ModelJudge) else {}
     for kind, count in failures.items():
         logger.warning("judge: %d requests failed (%s); run again to ask them again", count, kind)
-    if config.asks_a_server:
+    if isinstance(judge, ModelJudge):
         logger.info("judge: %s", judge.client.spending)
     print(f"{statistics.pairs} pairs from {statistics.videos} videos: {out / PAIRS_FILE}; report: {out / PAGE_FILE}")
     failed = failures or "failed" in statistics.lost or videos.missing
     return 0 if result.finished and statistics.pairs and not failed else 1
 
 
-def _captioner(config: PairsConfig, out: Path, background: Any) -> Any:
+def _captioner(config: PairsConfig, out: Path, stack: ExitStack, background: Any) -> Any:
     from ..caption import Sampling
 
     sampling = Sampling(
@@ -173,17 +183,21 @@ def _captioner(config: PairsConfig, out: Path, background: Any) -> Any:
         max_new_tokens=config.max_new_tokens,
     )
     if not config.captioner_url:
-        from ..caption.load import load_captioner
-        from .local_captioner import MAX_SIDE, LocalCaptioner
+        from .local_captioner import MAX_SIDE, LocalCaptioner, settings_of
 
-        captioner = load_captioner(config.model, config.dtype)
-        return LocalCaptioner(captioner, config.model, sampling, config.max_side or MAX_SIDE)
+        how = (config.model, config.dtype, sampling, config.max_side or MAX_SIDE)
+        if not config.ray:
+            return LocalCaptioner.load(*how)
+        from .ray_captions import RayCaptioner
+
+        make = partial(LocalCaptioner.load, *how)
+        return RayCaptioner(make, settings_of(*how), config.ray, cpus=config.ray_cpus, gpus=config.ray_gpus)
     from ..judge import AnswerCache, ChatClient, read_key
     from .server_captioner import MAX_SIDE, ServerCaptioner
 
     client = ChatClient(
         config.model,
-        AnswerCache(out / "captioner.sqlite"),
+        stack.enter_context(closing(AnswerCache(out / "captioner.sqlite"))),
         url=config.captioner_url,
         key=read_key(Path(config.captioner_key_file) if config.captioner_key_file else None),
         timeout=config.timeout,
@@ -194,20 +208,22 @@ def _captioner(config: PairsConfig, out: Path, background: Any) -> Any:
     )
 
 
-def _judge(config: PairsConfig, out: Path) -> Any:
+def _judge(config: PairsConfig, out: Path, stack: ExitStack) -> Any:
     from ..judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, Spending, read_key
 
     if config.judge.startswith("python:"):
         return OracleJudge.named(config.judge.removeprefix("python:"))
     recorded = config.judge_answers
+    spending = Spending(config.price_in, config.price_out, config.budget)
+    cache = AnswerCache.recorded(Path(recorded)) if recorded else AnswerCache(out / "judge.sqlite")
     client = ChatClient(
         config.judge,
-        AnswerCache.recorded(Path(recorded)) if recorded else AnswerCache(out / "judge.sqlite"),
+        stack.enter_context(closing(cache)),
         url=config.judge_url,
         key=read_key(Path(config.judge_key_file) if config.judge_key_file else None),
         concurrency=config.concurrency,
         timeout=config.timeout,
-        spending=Spending(config.price_in, config.price_out, config.budget),
+        spending=spending,
         options=json.loads(config.judge_options),
         offline=bool(recorded),
     )

@@ -1,10 +1,11 @@
 """A captioner on this machine: synpo.caption's, as the first stage wants it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from ..caption import Caption, Captioner, Sampling
+from ..caption.load import load_captioner
 from ..video import View
 from .captioning import Shrink, Written
 
@@ -17,17 +18,23 @@ class LocalCaptioner:
 
     Args:
         captioner: of synpo.caption.
-        name: of the model, for provenance.
+        settings: for provenance; see settings_of.
         sampling: of the candidates; its length and stop strings hold for clip captions too.
         max_side: pixels of a frame's longer side; larger frames are scaled down before the model's own scaling.
     """
 
     parallel = 1
 
-    def __init__(self, captioner: Captioner, name: str, sampling: Sampling, max_side: int = MAX_SIDE) -> None:
+    def __init__(
+        self, captioner: Captioner, settings: Mapping[str, Any], sampling: Sampling, max_side: int = MAX_SIDE
+    ) -> None:
+        self.settings = settings
         self._captioner, self._sampling, self.shrink = captioner, sampling, Shrink(max_side)
-        dtype = str(captioner.model.dtype).removeprefix("torch.")
-        self.settings: dict[str, Any] = {"model": name, "dtype": dtype, "max_side": max_side, **asdict(sampling)}
+
+    @classmethod
+    def load(cls, name: str, dtype: str | None, sampling: Sampling, max_side: int = MAX_SIDE) -> "LocalCaptioner":
+        """A captioner by name; see synpo.caption.load."""
+        return cls(load_captioner(name, dtype), settings_of(name, dtype, sampling, max_side), sampling, max_side)
 
     def __call__(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
         """As synpo.pairs.captioning.Captioner."""
@@ -44,6 +51,11 @@ class LocalCaptioner:
 
     def close(self) -> None:
         pass
+
+
+def settings_of(name: str, dtype: str | None, sampling: Sampling, max_side: int) -> dict[str, Any]:
+    """What a captioner's texts depend on, known before it is loaded."""
+    return {"model": name, "dtype": dtype, "max_side": max_side, **asdict(sampling)}
 
 
 def _written(caption: Caption) -> Written:

@@ -1,8 +1,10 @@
 """The files that a build leaves: pairs as JSON lines and parquet, statistics as JSON and as a page."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,22 @@ _CHUNK = 500  # rows held at once
 Row = dict[str, Any]
 
 
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Hold a folder against other runs on this machine. Errors: ValueError where one is writing there."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing to {out}; wait for it, or choose another folder") from None
+        yield
+
+
 class Spool:
     """Rows on their way to the outputs: kept in a file, since which of them stay is known at the end."""
 
     def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         self._file = out / f"{PAIRS_FILE}.spool"
         self._stream = self._file.open("w", encoding="utf-8")
 

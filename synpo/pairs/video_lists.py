@@ -18,12 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SUFFIXES = frozenset(  # what a folder's videos are told by
-    {
-        ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts",
-        ".webm", ".wmv",
-    }
-)  # fmt: skip
+from ..caption.files import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ def folder_videos(folder: Path) -> VideoList:
     found = _files(folder)
     items = [VideoItem(name, path) for name, path in sorted(found.items())]
     if not items:
-        raise FileNotFoundError(f"{folder}: no video in it; known suffixes: {' '.join(sorted(SUFFIXES))}")
+        raise FileNotFoundError(f"{folder}: no video in it; known suffixes: {' '.join(SUFFIXES)}")
     return VideoList(items)
 
 

@@ -8,6 +8,7 @@ from synpo.judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, Server
 from synpo.pairs import check_pairs, load_pairs
 from synpo.pairs.build import PairRule, build_pairs
 from synpo.pairs.captioning import CaptionPlan
+from synpo.pairs.outputs import only_writer
 from synpo.pairs.video_lists import VideoItem, VideoList, folder_videos
 from tests.judge.loopback import CRITERIA, completion, judged, read_question, serving, true_score
 
@@ -192,16 +193,19 @@ def test_what_gives_no_pair_is_counted_and_named(folder, tmp_path):
 def test_a_section_of_a_file_becomes_frames(folder, tmp_path):
     path = make_video(tmp_path / "long.mp4", 3, frames=48)
     items = [VideoItem(f"long.mp4@{a:g}-{b:g}", path, (a, b)) for a, b in ((0.0, 1.5), (1.5, 4.0))]
-    judge = OracleJudge(lambda question: [hash_score(text, question) for text in question.captions])
+    asked = set()
+
+    def oracle(question):
+        asked.add(question.video)
+        return [true_score(question.criterion, text) for text in question.captions]
+
+    judge = OracleJudge(oracle)
     build(tmp_path, tmp_path / "out", judge, videos=VideoList(items), rule=PairRule(min_score_gap=0.0))
+    assert {f"{path}#t=0,1.5", f"{path}#t=1.5,4"} == asked
     made = rows(tmp_path / "out")
     assert [row["provenance"]["video"]["section"] for row in made] == [[0.0, 1.5], [1.5, 4.0]]
     assert all(len(row["videos"][0]["frames"]) == 2 for row in made)
     assert check_pairs(tmp_path / "out").ok
-
-
-def hash_score(text, question):
-    return true_score(question.criterion, text)
 
 
 def test_balanced_lengths(folder, tmp_path):
@@ -261,6 +265,21 @@ def test_other_settings_need_another_folder(built, folder):
         build(folder, out, judge, FakeCaptioner(model="other"))
     with pytest.raises(ValueError, match=r"made with other settings \(plan"):
         build(folder, out, judge, plan=CaptionPlan(frames=PLAN.frames, seed=1))
+
+
+def test_two_runs_cannot_write_to_one_folder(folder, tmp_path):
+    judge = OracleJudge(lambda question: [0] * len(question.captions))
+    with only_writer(tmp_path), pytest.raises(ValueError, match="another run is writing to"):
+        build(folder, tmp_path, judge)
+    build(folder, tmp_path, judge)
+
+
+def test_a_damaged_record_is_named(folder, tmp_path):
+    judge = OracleJudge(lambda question: [0] * len(question.captions))
+    build(folder, tmp_path, judge)
+    next((tmp_path / "captions").glob("*/*.json")).write_text("{")
+    with pytest.raises(ValueError, match=r"json is no record of captions .* delete it to caption video"):
+        build(folder, tmp_path, judge)
 
 
 def test_a_video_that_changed_is_captioned_again(folder, tmp_path):
