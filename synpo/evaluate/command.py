@@ -1,9 +1,10 @@
-"""`synpo evaluate`: captions against references, alone or two files of them compared."""
+"""`synpo evaluate`: captions against references, alone or two files of them compared; a model for other harnesses."""
 
 import argparse
 import asyncio
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .meteor import find
 
 logger = logging.getLogger(__name__)
 
+HARNESSES = ("alpaca_eval", "mt_bench", "lm_eval")
 METEOR = {"auto": None, "on": True, "off": False}
 
 
@@ -25,13 +27,17 @@ METEOR = {"auto": None, "on": True, "off": False}
 class EvaluateConfig:
     """Options of `synpo evaluate`."""
 
-    captions: list[str] = option([], "One file of captions, or two: before and after.")
+    captions: list[str] = option([], "One file of captions, or two: before and after. Or: export HARNESS.")
     references: str = option("", "File of references; see docs/evaluate.md for its layouts. Required.")
-    out: str = option("", "Write all numbers to this file, as JSON.")
+    out: str = option("", "Write all numbers to this file, as JSON. With export: folder to write to.")
     partial: bool = option(False, "Leave out, counted, videos that have not all of captions and references.")
     meteor: str = option("auto", "METEOR, which needs Java: auto (where it can run), on, off.")
     resamples: int = option(2000, "Resamples of the bootstrap, with two files.")
     seed: int = option(0, "Seed of the bootstrap.")
+
+    model: str = option("", "export: model or adapter of `synpo train` whose answers are written.")
+    questions: str = option("", "export: file of the harness's questions.")
+    max_new_tokens: int = option(1024, "export: longest answer.")
 
     detail: bool = option(False, "Let a judge score detail, 0 to 5, against the references (VDD).")
     quiz: str = option("", "File of questions; a judge's model answers them from the captions alone (VDC).")
@@ -48,6 +54,9 @@ class EvaluateConfig:
     price_out: float = option(0.0, "Money per million tokens that the judge writes.")
 
     def __post_init__(self) -> None:
+        if self.captions[:1] == ["export"]:
+            self._check_export()
+            return
         if not 1 <= len(self.captions) <= 2:
             raise ValueError(f"{len(self.captions)} files of captions are given; one or two are needed")
         if not self.references:
@@ -59,21 +68,35 @@ class EvaluateConfig:
         if (self.detail or self.quiz) and not self.judge:
             raise ValueError("detail and quiz need a judge; give --judge")
 
+    def _check_export(self) -> None:
+        if len(self.captions) != 2:
+            raise ValueError(f"export takes one word, the harness: {', '.join(HARNESSES)}")
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name} or set it in the config file")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, CAPTIONS..., and a flag for every option."""
-    parser.usage = "synpo evaluate CAPTIONS [CAPTIONS] --references FILE [--config FILE.yaml] [--name value ...]"
+    parser.usage = (
+        "synpo evaluate CAPTIONS [CAPTIONS] --references FILE [--config FILE.yaml] [--name value ...]\n"
+        f"       synpo evaluate export {{{','.join(HARNESSES)}}} --model DIR --out FOLDER [--questions FILE]"
+    )
     add_options(parser, EvaluateConfig, positional="captions", group_of=_group)
 
 
 def _group(name: str) -> str:
     names = list(EvaluateConfig.__dataclass_fields__)
-    return "judged scores" if name in names and names.index(name) >= names.index("detail") else "captions"
+    if name not in names or names.index(name) < names.index("model"):
+        return "captions"
+    return "export" if names.index(name) < names.index("detail") else "judged scores"
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the numbers of the captions, and with two files the changes with their 95 % intervals."""
     config = EvaluateConfig(**given_options(args, EvaluateConfig))
+    if config.captions[0] == "export":
+        return _export(config)
     references = read_references(Path(config.references))
     sets, left_out = _aligned(config, references)
     result: dict[str, Any] = {"captions": config.captions, "references": config.references, "videos": len(sets[0])}
@@ -94,6 +117,18 @@ def main(args: argparse.Namespace) -> int:
     if config.out:
         write_atomically(Path(config.out), json.dumps(result, indent=1) + "\n")
         print(config.out)
+    return 0
+
+
+def _export(config: EvaluateConfig) -> int:
+    from .harness import export  # loads models, which takes seconds to import
+
+    questions = Path(config.questions) if config.questions else None
+    how = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    commands = export(config.captions[1], config.model, Path(config.out), questions, **how)
+    print("written; go on with:")
+    for command in commands:
+        print(shlex.join(command))
     return 0
 
 
