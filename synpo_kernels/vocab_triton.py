@@ -32,7 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .tiling import PassTile, ScoreTile
 from .vocab_passes import GUARD
 
-_RESCALE_ROWS = 16
+# A block of this looks at once whether a row was raised: one for every part would be 64,000 of them that do nothing.
+_RESCALE_ROWS, _RESCALE_PARTS = 16, 64
 # Arguments that change from batch to batch and help no address: a kernel for n = 1 and one for n divisible by 16
 # would be compiled in the middle of a run.
 _COUNTS = ("n", "parts", "first_part")
@@ -187,19 +188,28 @@ def _reduce_kernel(part_sums, part_shifts, sums, shifts, parts, BLOCK: tl.conste
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _rescale_kernel(tile, part_shifts, shifts, n, V, parts, tile_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Parts of the stored tile brought to their row's shift; nothing is read or written where all stand there."""
+def _rescale_kernel(
+    tile, part_shifts, shifts, n, V, parts, tile_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Parts of the stored tile brought to their row's shift; nothing else is read or written where all stand there."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(1)
     m_rows = rows < n
-    part_shift = tl.load(part_shifts + rows.to(tl.int64) * parts + part, mask=m_rows, other=0.0)
-    gap = part_shift - tl.load(shifts + rows, mask=m_rows, other=0.0)
-    if tl.min(gap, axis=0) < 0:
-        columns = part * COLUMNS + tl.arange(0, COLUMNS)
-        at = tile + rows.to(tl.int64)[:, None] * tile_stride + columns[None, :]
-        mask = (m_rows & (gap < 0))[:, None] & (columns < V)[None, :]
-        e = tl.load(at, mask=mask, other=0.0).to(tl.float32) * tl.exp(gap)[:, None]
-        tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
+    shift = tl.load(shifts + rows, mask=m_rows, other=0.0)
+    row_shifts = part_shifts + rows.to(tl.int64) * parts
+    first = tl.program_id(1) * PARTS
+    seen = first + tl.arange(0, PARTS)
+    m_seen = m_rows[:, None] & (seen < parts)[None, :]
+    gaps = tl.load(row_shifts[:, None] + seen[None, :], mask=m_seen, other=float("inf")) - shift[:, None]
+    if tl.min(tl.min(gaps, axis=1), axis=0) < 0:
+        for part in range(first, min(first + PARTS, parts)):
+            gap = tl.load(row_shifts + part, mask=m_rows, other=0.0) - shift
+            if tl.min(gap, axis=0) < 0:
+                columns = part * COLUMNS + tl.arange(0, COLUMNS)
+                at = tile + rows.to(tl.int64)[:, None] * tile_stride + columns[None, :]
+                mask = (m_rows & (gap < 0))[:, None] & (columns < V)[None, :]
+                e = tl.load(at, mask=mask, other=0.0).to(tl.float32) * tl.exp(gap)[:, None]
+                tl.store(at, e.to(tile.dtype.element_ty), mask=mask)
 
 
 class Rows(NamedTuple):
@@ -280,8 +290,8 @@ def reduce(pairs: Pairs, tile: Tensor | None) -> tuple[Tensor, Tensor]:
     sums, shifts = (torch.empty(n, dtype=torch.float32, device=pairs.sums.device) for _ in range(2))
     _reduce_kernel[(n,)](pairs.sums, pairs.shifts, sums, shifts, parts, BLOCK=1024, num_warps=4, enable_fp_fusion=True)
     if tile is not None:
-        _rescale_kernel[(triton.cdiv(n, _RESCALE_ROWS), parts)](
+        _rescale_kernel[(triton.cdiv(n, _RESCALE_ROWS), triton.cdiv(parts, _RESCALE_PARTS))](
             tile, pairs.shifts, shifts, n, tile.shape[1], parts, tile.stride(0),
-            ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, num_warps=8, enable_fp_fusion=True,
+            ROWS=_RESCALE_ROWS, COLUMNS=pairs.columns, PARTS=_RESCALE_PARTS, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return shifts, sums
