@@ -5,6 +5,7 @@
     python -m bench.gpu kernels        ceilings, and every case against every peer that imports
     python -m bench.gpu tune           times the candidates of tiling.py, and prints the lines to paste there
     python -m bench.gpu steps          training steps in the shapes of 8B models
+    python -m bench.gpu decoding       bench.contrastive for 1, 8 and 64 rows, V 32,000 and 151,936
 
 Needs Python, torch, triton and pytest; --wheels names a folder of wheels to use beside what is installed. Every row is
 written as soon as it is measured; rows found in --out (or copied there by --resume) are not measured again, so a run
@@ -14,9 +15,11 @@ that was cut short goes on. C++ kernels are built beside the measurements where 
 import argparse
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from typing import Any
 
 from .gpu_machine import BUILD, ROOT, build_native, install_native, unpack, world
 
-PARTS = ("tests", "kernels", "tune", "steps")
+PARTS = ("tests", "kernels", "tune", "steps", "decoding")
 MINUTES = 8.5  # of a part by itself, and of the two that run by default
 TEST_MINUTES = 3.5  # of them, the tests'
 # The launchers themselves, and the tests of the ops that ask for a device.
@@ -33,7 +36,7 @@ DEVICE_TESTS = (
     "tests/kernels/interpreted.py", "tests/kernels/test_on_gpu.py", "tests/kernels/test_linear_logps.py",
     "tests/kernels/test_pair_loss.py", "tests/kernels/test_golden.py", "tests/kernels/test_as_torch_ops.py",
 )  # fmt: skip
-SANITIZED = "tile edges or one_launch"  # tests run under compute-sanitizer: ragged tiles of every route, the loss
+SANITIZED = "edges or one_launch"  # tests run under compute-sanitizer: ragged tiles of every route, the loss
 SANITIZER_SECONDS = 100
 # Nsight Compute on our kernels, before tuning: how near each unit is to its peak, and what warps wait for.
 PROFILER = (
@@ -43,6 +46,7 @@ PROFILER = (
     "--section", "WarpStateStats", "--section", "Occupancy",
 )  # fmt: skip
 PROFILER_SECONDS = 90
+DECODING = tuple(itertools.product((8, 1, 64), (151_936, 32_000)))  # rows of each view, V
 
 
 class Run:
@@ -106,7 +110,8 @@ def _run(part: str, run: Run, shared: bool) -> bool:
     run.say(part)
     if part == "tests":
         return run_tests(run, min(run.left(), 60 * TEST_MINUTES) if shared else run.left())
-    return {"kernels": run_kernels, "tune": run_tune, "steps": run_steps}[part](run)
+    parts = {"kernels": run_kernels, "tune": run_tune, "steps": run_steps, "decoding": run_decoding}
+    return parts[part](run)
 
 
 def pytest_command(run: Run, *rest: str) -> list[str]:
@@ -149,12 +154,16 @@ def _watch(run: Run, name: str, command: list[str], seconds: float, extra: dict[
     path = run.out / name
     environment = run.environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | (extra or {})
     with path.open("w") as log:
+        # A session of its own: what the command started ends with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            status: int | None = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=max(seconds, 1.0)
-            ).returncode
+            status: int | None = process.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             status = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = path.read_text(errors="replace").splitlines()
     shown = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40] + lines[-4:]
     run.say(f"{name}: {'cut short' if status is None else f'exit status {status}'}\n" + "\n".join(shown))
@@ -324,6 +333,22 @@ def run_steps(run: Run) -> bool:
     (run.out / "steps.md").write_text(table + "\n")
     print(table)
     return not failed
+
+
+def run_decoding(run: Run) -> bool:
+    """bench.contrastive on every size, until the time is up."""
+    path, passed = run.out / "contrastive.csv", True
+    for batch, vocabulary in DECODING:
+        if any((row["B"], row["V"]) == (str(batch), str(vocabulary)) for row in read(path)):
+            continue
+        if run.left() < 20:
+            run.say("the time is up; the same command goes on with the rest")
+            break
+        sizes = ("--batch", str(batch), "--vocabulary", str(vocabulary), "--law", "release", "greedy")
+        where = ("--dtype", "bf16", "--device", run.device, "--out", str(path))
+        command = [sys.executable, "-m", "bench.contrastive", *sizes, *where]
+        passed &= _watch(run, f"contrastive-{batch}-{vocabulary}.log", command, run.left())
+    return passed
 
 
 if __name__ == "__main__":

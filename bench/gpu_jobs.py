@@ -41,18 +41,16 @@ class Worker:
                 return None, f"given up after {limit:.0f} s"
         line = process.stdout.readline()
         if not line:
-            status = process.wait()
-            return None, f"its process ended with status {status}; the log has its last words"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            self.close()
+            return None, f"its process ended with status {process.returncode}; the log has its last words"
         reply = json.loads(line)
+        if reply.get("broken"):
+            self.close()
         return reply.get("answer"), reply.get("error", "")
 
     def _ready(self) -> "subprocess.Popen[str]":
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # A worker whose device broke ends right after its answer.
-                self._process.wait(0.05)
-            if self._process.poll() is not None:
-                self.close()
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bench.gpu_jobs"],
@@ -106,8 +104,12 @@ def serve() -> None:
                 traceback.print_exc()
                 text = (str(error).strip().splitlines() or [""])[0]
                 reply = {"error": f"{type(error).__name__}: {text}"[:300]}
+            try:
+                _release()
+            except RuntimeError:  # what CUDA raises once a kernel has failed, at every call from then on
+                traceback.print_exc()
+                reply["broken"] = True
             print(json.dumps(reply), file=answers, flush=True)
-            _release()
 
 
 if __name__ == "__main__":
