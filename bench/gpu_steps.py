@@ -6,13 +6,19 @@
     trl-dpo   DPO as trl's trainer computes it: its chunked log-probs on the answers' tokens, and a forward pass of the
               reference, the model with its adapter switched off
 
+    synpo-trainer         SynPOTrainer as it is by default: prompts shared by their two answers, no padding
+    synpo-trainer-plain   the same with a row for every answer
+    trl-dpo-trainer       trl's DPOTrainer
+
 A row is a process: the model is built, a step warms up, the rest are timed. The head's share is its loss and gradient
-on the same hidden states, timed alone. The trainers themselves are compared by bench.step_vs_trl, which needs a real
-model.
+on the same hidden states, timed alone; trainers' rows leave it out. Tokens per second count a prompt once for each of
+its answers, shared or not.
 """
 
+import argparse
 import datetime
 import statistics
+import tempfile
 from importlib.metadata import version
 from typing import Any
 
@@ -24,8 +30,15 @@ import synpo_kernels
 from .implementations import _liger_synpo, naive_logps, pair_loss
 from .measure import Stopwatch, commit, device_name
 from .memory import Peak
+from .step_vs_trl import MARGIN, time_steps, trainer_for
 
 LOSSES = ("ours", "naive", "liger", "trl-dpo")
+# Row -> step_vs_trl's trainer, and what differs from its options.
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "synpo-trainer": ("synpo", {}),
+    "synpo-trainer-plain": ("synpo", {"prefix_sharing": False, "padding_free": False}),
+    "trl-dpo-trainer": ("trl-dpo", {}),
+}
 MODELS = ("llama3-8b", "llava-onevision-7b", "tiny")
 COLUMNS = [
     "date", "commit", "device", "torch", "transformers", "model", "loss", "pairs", "prompt", "answer", "checkpointing",
@@ -33,6 +46,7 @@ COLUMNS = [
 ]  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DPO_BETA = 0.1
+WORDS = 90  # of the trainers' texts: fewer than the smallest vocabulary
 LIMIT = 240.0  # seconds of a row
 
 
@@ -44,7 +58,7 @@ def plan(device: str) -> list[dict[str, Any]]:
     return [
         {"model": model, "loss": loss, "pairs": pairs, "prompt": prompt, "answer": answer, "checkpointing": True}
         for model, pairs, prompt, answer in shapes
-        for loss in LOSSES
+        for loss in (*LOSSES, *TRAINERS)
     ]
 
 
@@ -76,10 +90,8 @@ def _qwen2() -> nn.Module:
     )
 
 
-def build(model: str, device: torch.device, checkpointing: bool) -> nn.Module:
-    """A model of this shape with random weights and a LoRA of rank 128, ready to train."""
-    from peft import LoraConfig, get_peft_model
-
+def build(model: str, device: torch.device) -> nn.Module:
+    """A model of this shape with random weights, in bfloat16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     before = torch.get_default_dtype()
@@ -95,14 +107,21 @@ def build(model: str, device: torch.device, checkpointing: bool) -> nn.Module:
                 base = {"llama3-8b": _llama, "llava-onevision-7b": _qwen2}[model]()
     finally:
         torch.set_default_dtype(before)
+    return base
+
+
+def with_adapter(base: nn.Module, rank: int, checkpointing: bool) -> nn.Module:
+    """The model with a LoRA on all projections, ready to train."""
+    from peft import LoraConfig, get_peft_model
+
     if checkpointing:
         # Renamed after transformers 5.17.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable()
         base.enable_input_require_grads()
-    rank = 128 if model != "tiny" else 4
     lora = LoraConfig(r=rank, lora_alpha=64, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-    return get_peft_model(base, lora).train()
+    # In the model's dtype: float32 products of the adapter would take as long as the model's own.
+    return get_peft_model(base, lora, autocast_adapter_dtype=False).train()
 
 
 class _Batch:
@@ -160,7 +179,9 @@ def measure_steps(
 ) -> dict[str, Any]:
     """What a step took and held; runs in the worker. ImportError where the loss's package is missing."""
     where = torch.device(device)
-    made = build(model, where, checkpointing)
+    if loss in TRAINERS:
+        return _train(build(model, where), loss, pairs, prompt, answer, checkpointing, steps)
+    made = with_adapter(build(model, where), 4 if model == "tiny" else 128, checkpointing)
     parameters = [p for p in made.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=where.type == "cuda")
     causal = made.get_base_model()
@@ -203,6 +224,48 @@ def _alone(loss: str, head: nn.Linear, batch: _Batch, stopwatch: Stopwatch, step
     return statistics.median(stopwatch(run) for _ in range(steps))
 
 
+def _train(
+    base: nn.Module, loss: str, pairs: int, prompt: int, answer: int, checkpointing: bool, steps: int
+) -> dict[str, Any]:
+    """The same of a trainer, on texts of one token a word."""
+    name, changes = TRAINERS[loss]
+    changes = changes | {"bf16": base.dtype == torch.bfloat16}
+    count = pairs * (steps + 1)
+    words = torch.randint(WORDS, (count, prompt + 2 * answer)).tolist()
+
+    def text(row: list[int]) -> str:
+        return " ".join(f"w{word}" for word in row)
+
+    rows = [
+        {"prompt": text(r[:prompt]) + " ", "chosen": text(r[prompt:-answer]), "rejected": text(r[-answer:])}
+        for r in words
+    ]
+    options = argparse.Namespace(batch=pairs, steps=steps, max_length=prompt + answer + MARGIN)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(name, base, _tokenizer(), rows, options, folder, checkpointing=checkpointing, **changes)
+        taken = time_steps(trainer)
+    tokens = 2 * pairs * (prompt + answer)
+    return {
+        "step_ms": 1e3 * taken["step_s"],
+        "tokens_per_s": tokens / taken["step_s"],
+        "peak_mb": taken["peak_mb"],
+        "note": f"loss of the first step {taken['loss']:.4f}",
+    }
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>"]
+    vocabulary = {word: i for i, word in enumerate(specials + [f"w{i}" for i in range(WORDS)])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
 def world(device: str) -> dict[str, Any]:
     """What a row says of where it was measured."""
     return {
@@ -219,10 +282,8 @@ def line(row: dict[str, Any]) -> str:
     shape = f"{row['model']}, {row['pairs']} pairs of {row['prompt']} + {row['answer']} tokens, {row['loss']}"
     if not row.get("step_ms"):
         return f"{shape}: {row['note']}"
-    return (
-        f"{shape}: {row['step_ms']:.0f} ms a step, {row['tokens_per_s']:.0f} tokens/s, {row['peak_mb']:.0f} MB, "
-        f"head {row['head_share']:.1%}"
-    )
+    head = f", head {row['head_share']:.1%}" if row.get("head_share") else ""
+    return f"{shape}: {row['step_ms']:.0f} ms a step, {row['tokens_per_s']:.0f} tokens/s, {row['peak_mb']:.0f} MB{head}"
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -33,6 +33,7 @@ COLUMNS = [
     "answer_tokens", "step_s", "peak_mb", "peak_extra_mb", "loss",
 ]  # fmt: skip
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 MARGIN = 6  # tokens left for what a chat template puts after an answer
 
 
@@ -62,10 +63,19 @@ def equal_pairs(path: Path, tokenizer: Any, max_length: int, count: int) -> list
 
 
 def trainer_for(
-    name: str, model: Any, tokenizer: Any, pairs: list[dict[str, Any]], args: argparse.Namespace, output_dir: str
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    pairs: list[dict[str, Any]],
+    args: argparse.Namespace,
+    output_dir: str,
+    checkpointing: bool = False,
+    **changes: Any,
 ) -> Any:
+    """The trainer ``name`` on these pairs; changes: options of its configuration that differ from the common ones."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import TrainingArguments
 
     shared: dict[str, Any] = {
         "output_dir": output_dir,
@@ -75,7 +85,8 @@ def trainer_for(
         "max_length": args.max_length,
         "learning_rate": 5e-6,
         "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
+        # Renamed after transformers 5.17.
+        next(n for n in CHECKPOINTING if n in TrainingArguments.__dataclass_fields__): checkpointing,
         "bf16": False,
         "seed": 0,
         "report_to": "none",
@@ -84,7 +95,7 @@ def trainer_for(
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-    }
+    } | changes
     lora = LoraConfig(
         r=128,
         lora_alpha=64,
@@ -129,35 +140,41 @@ def _count_tokens(batch: dict[str, Any]) -> tuple[int, int]:
 
 def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Train for a warm-up step and ``args.steps`` more; what they took and held."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     pairs = equal_pairs(args.pairs, tokenizer, args.max_length, args.batch * (args.steps + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(args.trainer, model, tokenizer, pairs, args, folder)
+        tokens = _count_tokens(next(iter(trainer.get_train_dataloader())))
+        return {"sequence_tokens": tokens[0], "answer_tokens": tokens[1]} | time_steps(trainer)
+
+
+def time_steps(trainer: Any) -> dict[str, Any]:
+    """What a trainer's steps took and held, the first of them left out."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
 
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_for(args.trainer, model, tokenizer, pairs, args, folder)
-        trainer.add_callback(clock)
-        tokens = _count_tokens(next(iter(trainer.get_train_dataloader())))
-        device = next(trainer.model.parameters()).device
-        peak = Peak(device)
-        trainer.train()
-        extra = peak.extra_mb()
+    trainer.add_callback(clock)
+    device = next(trainer.model.parameters()).device
+    peak = Peak(device)
+    trainer.train()
+    extra = peak.extra_mb()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     total = peak_resident_mb() if device.type == "cpu" else peak.start + extra
     seconds = [b - a for a, b in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
     return {
-        "sequence_tokens": tokens[0],
-        "answer_tokens": tokens[1],
-        "step_s": round(statistics.median(seconds), 2),
+        "step_s": round(statistics.median(seconds), 4),
         "peak_mb": round(total),
         "peak_extra_mb": round(extra),
         "loss": round(float(losses[0]), 6),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from bench import cases, gpu, gpu_jobs, gpu_kernels, gpu_machine, gpu_steps, gpu_tune
 from bench.cases import Case
@@ -103,6 +104,11 @@ def test_a_row_that_runs_out_of_memory_or_lacks_a_package_says_so(monkeypatch):
         assert str(error).splitlines()[0] in result["note"]
 
 
+def test_the_profiled_step_runs(monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "PROFILED", ("tiny",))
+    gpu_kernels.profiled("cpu")
+
+
 def test_tune_times_checks_and_advises(tmp_path, capsys, monkeypatch):
     """On a CPU without a table there are no fused tiles to run; the advice is tried on rows as a GPU gives them."""
 
@@ -135,19 +141,22 @@ def test_tune_times_checks_and_advises(tmp_path, capsys, monkeypatch):
 
 def test_steps_of_every_loss_are_taken_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_steps, "LOSSES", ("ours", "naive", "liger"))
+    for name in ("synpo-trainer-plain", "trl-dpo-trainer"):  # trl takes ten seconds to import
+        monkeypatch.delitem(gpu_steps.TRAINERS, name)
     with torch.compiler.set_stance("force_eager"):
         run("steps", tmp_path)
     found = rows(tmp_path / "steps.csv")
-    assert [row["loss"] for row in found] == ["ours", "naive", "liger"]
-    assert all(float(row["head_share"]) > 0 for row in found), found
+    assert [row["loss"] for row in found] == ["ours", "naive", "liger", "synpo-trainer"]
+    assert all(float(row["step_ms"]) > 0 for row in found), found
+    assert all(float(row["head_share"]) > 0 for row in found[:3]), found
     assert "| tiny | 2, 5 + 4 | ours |" in (tmp_path / "steps.md").read_text()
     run("steps", tmp_path)
-    assert len(rows(tmp_path / "steps.csv")) == 3
+    assert len(rows(tmp_path / "steps.csv")) == 4
 
 
 def test_the_losses_of_a_step_agree():
     """ours, naive and liger are one loss: the same step."""
-    model = gpu_steps.build("tiny", torch.device("cpu"), checkpointing=False)
+    model = gpu_steps.with_adapter(gpu_steps.build("tiny", torch.device("cpu")), 4, checkpointing=False)
     batch = gpu_steps._Batch(2, 5, 4, 97, torch.device("cpu"))
     with torch.compiler.set_stance("force_eager"):
         ours, naive, liger = (gpu_steps._step(model, loss, batch).item() for loss in ("ours", "naive", "liger"))
@@ -175,7 +184,14 @@ def test_tests_run_pytest_on_the_device_and_report(tmp_path, monkeypatch):
     assert "1 failed, 1 passed" in log
 
 
+def test_a_command_past_its_time_is_ended_with_what_it_started(tmp_path, capsys):
+    started = gpu.Run(tmp_path, 1, "cpu", dict(os.environ))
+    assert not gpu._watch(started, "slow.log", ["sh", "-c", "echo begun; sleep 60 & sleep 60"], 1.0)
+    assert "slow.log: cut short\nbegun" in capsys.readouterr().out
+
+
 def test_every_test_of_the_device_exists():
+    Expression.compile(gpu.SANITIZED)  # -k takes an expression
     assert [name for name in gpu.DEVICE_TESTS if not (gpu_machine.ROOT / name).is_file()] == []
 
 
