@@ -1,5 +1,7 @@
 """Compiles Triton kernels for GPUs that are not there, as their launchers would, and reads the result.
 
+    python -m tests.offline        the table in docs/triton.md: registers and shared memory of every listed tile
+
 The launchers run on small CPU tensors with Triton told of an absent device and launching switched off, so that what is
 compiled is what would run: same constants, same alignment, same options.
 """
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -99,3 +102,27 @@ def _read(compiled: Any) -> Kernel:
         compiled.metadata.shared,
         compiled.asm["ptx"],
     )
+
+
+def table() -> str:
+    """Markdown: what the fused kernel needs in every tile that tiling.py lists, with a bias, the heavier form."""
+    from synpo_kernels.tiling import TILES
+    from tests.kernels.test_offline import CASES, compile_case
+
+    names = {"store": "store", "sums": "sums alone", "capped": "softcap, store"}
+    columns = ("arch", "for", "tile and depth", "stages", "warps", "parts", "flat", "registers", "shared memory")
+    out = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arch, kind, place, bias in tqdm(CASES, unit="tile"):
+        if not bias:
+            continue
+        tile = getattr(TILES[arch], kind)[place]
+        kernel = next(k for k in compile_case((arch, kind, place, bias)) if k.name == "_score_kernel")
+        shape = f"{tile.rows} x {tile.columns} x {tile.depth}"
+        cells = (f"sm_{arch}", names[kind], shape, tile.stages, tile.warps, tile.parts, "yes" if tile.flatten else "no")
+        shared = f"{kernel.shared:,} of {TILES[arch].shared_memory:,} B"
+        out.append("| " + " | ".join(map(str, (*cells, kernel.registers, shared))) + " |")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    print(f"Triton {triton.__version__}\n\n{table()}")
