@@ -41,6 +41,7 @@ def use(monkeypatch: pytest.MonkeyPatch, route: Route) -> None:
     monkeypatch.setattr(tiling, "PASS", tiling.PassTile(4, 128, 4))
     monkeypatch.setattr(tiling, "LOGIT_BYTES", 1 << 14)
     monkeypatch.setattr(tiling, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(vocab_triton, "_RESCALE_PARTS", 4)
     monkeypatch.setattr(vocab_cuda, "workspace_bytes", lambda *_: 40_000)
 
 
