@@ -108,9 +108,9 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.options.trainable:
         (unit,) = ctx.saved_tensors
         # Rounded as it is written: on a GPU no float32 copy of it is made.
-        grad_hidden = torch.empty_like(unit, dtype=ctx.dtype)
-        torch.mul(grad[:, None], unit, out=grad_hidden)
-        return grad_hidden, None, None, None, *nothing
+        rounded = torch.empty_like(unit, dtype=ctx.dtype)
+        torch.mul(grad[:, None], unit, out=rounded)
+        return rounded, None, None, None, *nothing
     grads = torch.ops.synpo.linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options)
     grad_hidden, grad_weight, grad_bias = (
         g if need else None for g, need in zip(grads, ctx.options.needs, strict=True)
