@@ -79,7 +79,7 @@ class Captioner:
         contrast: the view whose logits are contrasted; None switches contrastive decoding off. retrospective: how often
         the model sees the video again with its own caption and writes a better one; candidate by candidate. seeds: one
         for each caption, view by view, or an int s meaning s, s + 1, ... A caption depends on its view, its seed and
-        the settings, not on what else is in the call.
+        the settings, not on what else is in the call. on_tokens gets {caption: newest token} after every step.
 
         Errors: ValueError for settings out of range, a model that takes no frames, an empty instruction; UnusableFrames
         for frames of a size that the model's pixels cannot be made of.
@@ -110,7 +110,7 @@ class Captioner:
                 sampling=sampling,
                 seeds=[found[at].seed for at in again],
                 first_step=number * PASS_STEPS,
-                on_tokens=on_tokens,
+                on_tokens=_renamed(on_tokens, again),
                 drafts=[found[at] for at in again],
                 heads=heads,
             )
@@ -180,7 +180,7 @@ class Captioner:
                 seeds=listed[start : start + (last - first) * count],
                 first_step=first_step,
                 stop=stop if sampling.stop else None,
-                on_tokens=_shifted(on_tokens, start),
+                on_tokens=_renamed(on_tokens, range(start, rows)),
             )
         return [
             Caption(stop.text(row.tokens.tolist()), seed, row, draft)
@@ -221,8 +221,8 @@ def _portions(prompts: int, candidates: int, views: int, most: int | None) -> It
             yield first, first + 1, min(room, candidates - done)
 
 
-def _shifted(on_tokens: OnTokens | None, start: int) -> OnTokens | None:
-    """Rows numbered within a call of the model, told by their number among all."""
-    if on_tokens is None or start == 0:
-        return on_tokens
-    return lambda newest: on_tokens({row + start: token for row, token in newest.items()})
+def _renamed(on_tokens: OnTokens | None, names: Sequence[int]) -> OnTokens | None:
+    """Rows of one call of the model, told by their number among all captions."""
+    if on_tokens is None:
+        return None
+    return lambda newest: on_tokens({names[row]: token for row, token in newest.items()})

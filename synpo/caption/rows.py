@@ -33,6 +33,7 @@ class Heads:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Prompt], most_rows: int | None = None) -> None:
         self.model = model
+        self.prompts = tuple(prompts)  # features are known by identity, so they have to stay
         self.length = 0  # positions in the cache
         self._rows: dict[_Key, int] = {}
         self._layers: list[tuple[Tensor, Tensor]] = []  # (heads, kv heads, length, d) keys and values

@@ -58,6 +58,7 @@ def placed(family: str, units: int, vectors: int) -> str:
         ("llava", "xxxxxx"),
         ("llava_onevision", "xxxxxxx"),
         ("llava_next_video", "xxxxxx"),
+        ("qwen2_vl", "xxxxxx"),
         ("qwen2_5_vl", "xxxxxx"),
         ("internvl", "<unk> <img> xxx </img> <unk> <img> xxx </img>"),
         (
@@ -187,6 +188,30 @@ def test_a_retrospective_pass_sees_the_caption_and_draws_anew(monkeypatch: pytes
     again = made.generate(prompts[:1], prompts[1:], sampling=SHORT, seeds=[7])
     later = made.generate(prompts[:1], prompts[1:], sampling=SHORT, seeds=[7], first_step=1 << 32)
     assert again[0].text == first.text != later[0].text
+
+
+def test_a_caption_that_failed_is_not_looked_at_again_and_streaming_keeps_the_names() -> None:
+    made = captioner()
+    for seed in range(20):  # until the second caption begins with a token that no other has
+        settings = {"sampling": SHORT, "candidates": 3, "contrast": None, "seeds": seed}
+        [plain] = made.captions([tiny.view()], **settings)
+        first = [caption.draft.generated.tokens.tolist() if caption.draft else [] for caption in plain]
+        others = [*first[0], *first[2], *plain[0].generated.tokens.tolist(), *plain[2].generated.tokens.tolist()]
+        if all(first) and first[1][0] not in others:
+            break
+    own = made.model.generation_config
+    told: list[dict[int, int]] = []
+    try:
+        own.eos_token_id = first[1][0]
+        [captions] = made.captions([tiny.view()], on_tokens=told.append, **settings)
+    finally:
+        own.eos_token_id = None
+    assert captions[1].failure == "the model ended without a word"
+    assert [caption.draft is None for caption in captions] == [False, True, False]
+    assert [set(newest) for newest in told[:2]] == [{0, 1, 2}, {0, 2}]
+    later = [newest for newest in told[SHORT.max_new_tokens :] if 2 in newest]
+    assert [newest[2] for newest in later] == captions[2].generated.tokens.tolist()
+    assert all(1 not in newest for newest in told[1:])
 
 
 def test_contrast_views() -> None:

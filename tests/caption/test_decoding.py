@@ -78,7 +78,7 @@ def test_video_and_its_contrast_view(family: str, contrast: str) -> None:
     captioner = Captioner(model, tiny.tokenizer(), lambda frames: tiny.pixels(family, frames))
     full, poor = captioner.features(video, views.VIEWS[contrast])
     prompts = [captioner.prompt("w1 w2 w3", features) for features in (full, poor)]
-    frames = video.frames[[0, 1, 2, 3, 4, 5, 6, 6]] if family == "qwen2_5_vl" else video.frames
+    frames = video.frames[[0, 1, 2, 3, 4, 5, 6, 6]] if family.startswith("qwen") else video.frames
     per_unit = len(frames) // len(full.units)
     order = {
         "third": views.contrast_subset(len(full.units)),
@@ -90,9 +90,10 @@ def test_video_and_its_contrast_view(family: str, contrast: str) -> None:
 
     def inputs(prompt: Prompt, seen: Any) -> dict[str, Any]:
         made = {"input_ids": prompt.ids[None], **tiny.pixels(family, seen)}
-        if family == "qwen2_5_vl":
+        if family.startswith("qwen"):
             made["mm_token_type_ids"] = (made["input_ids"] == tiny.IDS["<video>"]).int() * 2
-            made["second_per_grid_ts"] = [prompt.features.seconds_per_unit]
+            if family == "qwen2_5_vl":  # the other counts frames, not seconds
+                made["second_per_grid_ts"] = [prompt.features.seconds_per_unit]
             made["position_ids"] = model._prepare_position_ids_for_generation(made["input_ids"], made)
         return made
 
@@ -270,6 +271,12 @@ def test_arguments_that_contradict_each_other(options: dict[str, Any], message: 
     ids = torch.full((options.pop("rows", 2), 4), 30)
     with pytest.raises(ValueError, match=message):
         generate(tiny.model("llama"), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **options)
+
+
+def test_an_empty_prompt() -> None:
+    nothing = torch.empty(1, 0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate(tiny.model("llama"), {"input_ids": nothing, "attention_mask": nothing})
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -45,7 +47,7 @@ TEMPLATE = (
     "{% endfor %}{% endif %} <|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 VIDEO_FAMILIES = (
-    "llava", "llava_onevision", "llava_next_video", "internvl", "qwen2_5_vl", "smolvlm", "video_llama_3"
+    "llava", "llava_onevision", "llava_next_video", "internvl", "qwen2_vl", "qwen2_5_vl", "smolvlm", "video_llama_3"
 )  # fmt: skip
 
 
@@ -168,6 +170,21 @@ def _qwen2_5_vl() -> PreTrainedModel:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen2_vl() -> PreTrainedModel:
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 4, "patch_size": PATCH,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        text_config=_text(dict)
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
+        image_token_id=IDS["<image>"],
+        video_token_id=IDS["<video>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
 def _smolvlm() -> PreTrainedModel:
     config = SmolVLMConfig(
         vision_config=_tower(dict),
@@ -215,7 +232,7 @@ def pixels(family: str, frames: np.ndarray) -> dict[str, Tensor]:
         return {"pixel_values": images[None]}
     if family in ("llava_onevision", "llava_next_video"):
         return {"pixel_values_videos": images[None]}
-    temporal, merge = (2, 2) if family == "qwen2_5_vl" else (1, 2)
+    temporal, merge = (2, 2) if family.startswith("qwen") else (1, 2)
     if len(images) % temporal:
         images = torch.cat([images, images[-1:]])
     time, side = len(images) // temporal, SIZE // PATCH
