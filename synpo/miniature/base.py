@@ -23,7 +23,7 @@ from .grammar import fact_words, read, tell
 from .world import BEATS, EVENT_BEAT, FACTS, FRAMES_PER_BEAT, SIZE, Scene, hallucinate, make_scene, render
 
 BATCH = 32
-TOWER_STEPS, CLEAN_STEPS, NOISY_STEPS = 900, 800, 150
+STEPS = (900, 800, 150)  # of the three stages
 TOWER_RATE, CLEAN_RATE, NOISY_RATE = 4e-3, 2e-3, 5e-4  # peak learning rates
 FACT_WEIGHT = 4.0  # of a word that tells a fact in the clean captions' loss; other words have 1
 NOISE = 0.28  # share of the facts that a noisy caption gets wrong
@@ -87,9 +87,7 @@ def frame_labels(scene: Scene, beat: float) -> dict[str, int]:
     return labels
 
 
-def train_tower(
-    model: LlavaForConditionalGeneration, rng: Random, progress: Progress, steps: int = TOWER_STEPS
-) -> None:
+def train_tower(model: LlavaForConditionalGeneration, rng: Random, progress: Progress, steps: int) -> None:
     """Stage one: every patch of a frame tells all that the frame shows, through linear heads that are then dropped.
 
     Every patch, so that the writer finds a fact wherever it looks.
@@ -160,20 +158,23 @@ def train_captions(
     optimise(list(model.parameters()), losses(), steps, peak, progress)
 
 
-def train(seed: int, progress: Progress) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+def train(
+    seed: int, progress: Progress, steps: tuple[int, int, int] = STEPS
+) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
     """The captioner after all three stages."""
+    tower, clean, noisy = steps
     torch.manual_seed(seed)
     rng = Random(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    train_tower(model, rng, lambda line: progress(f"1 tower: {line}"))
+    train_tower(model, rng, lambda line: progress(f"1 tower: {line}"), tower)
     train_captions(
         model, tokenizer, rng, lambda line: progress(f"2 clean: {line}"),
-        steps=CLEAN_STEPS, noise=0.0, peak=CLEAN_RATE, fact_weight=FACT_WEIGHT,
+        steps=clean, noise=0.0, peak=CLEAN_RATE, fact_weight=FACT_WEIGHT,
     )  # fmt: skip
     train_captions(
         model, tokenizer, rng, lambda line: progress(f"3 noisy: {line}"),
-        steps=NOISY_STEPS, noise=NOISE, peak=NOISY_RATE,
+        steps=noisy, noise=NOISE, peak=NOISY_RATE,
     )  # fmt: skip
     return model, tokenizer
 
@@ -219,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the captioner")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch; the weights depend on it (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; the weights depend on it (default 1)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = train(args.seed, lambda line: print(line, flush=True))
