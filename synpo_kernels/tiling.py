@@ -31,6 +31,15 @@ class PassTile(NamedTuple):
     warps: int
 
 
+class RowTile(NamedTuple):
+    """How contrastive decoding cuts a row of logits. The cut decides how sums are rounded: no choice by batch size."""
+
+    block: int  # tokens of one program of a scan: 149 of them for one row of 152k tokens
+    group: int  # tokens of which a scan keeps the largest, for top-k; with k = 64 the draw looks at 64 groups again
+    warps: int  # of a scan
+    draw_warps: int  # of the program that draws from one row
+
+
 class Tiles(NamedTuple):
     """The choices for one architecture: candidates, the one in use first."""
 
@@ -75,6 +84,7 @@ TILES: dict[int, Tiles] = {
     ),
 }
 PASS = PassTile(rows=4, columns=1024, warps=4)
+ROW = RowTile(block=1024, group=64, warps=4, draw_warps=8)
 
 LOGIT_BYTES = 32 << 20  # float32 logits between the library's product and the pass: within an H200's L2 cache
 ROW_MULTIPLE = 128  # row chunks are multiples of this where the workspace allows

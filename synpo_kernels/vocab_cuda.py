@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tiling, vocab_passes
+from .contrastive_triton import contrastive_logits, contrastive_sample
 from .device import workspace_bytes
 from .loss_triton import synpo_loss
 from .vocab_triton import Pairs, Rows, empty_pairs, exponentiate, has_descriptors, reduce, score
@@ -233,8 +234,9 @@ def softmax_grads(
 
 
 def register() -> None:
-    """Puts every inner op that has a CUDA form at its CUDA key. Not done by importing: tests load this on the CPU."""
-    for op in (softmax_sums, softmax_grads, softmax_store, tile_grads, synpo_loss):
+    """Puts every op that has a CUDA form at its CUDA key. Not done by importing: tests load this on the CPU."""
+    ops = (softmax_sums, softmax_grads, softmax_store, tile_grads, synpo_loss, contrastive_logits, contrastive_sample)
+    for op in ops:
         _LIBRARY.impl(op.__name__, _on_its_device(op), "CUDA")
 
 

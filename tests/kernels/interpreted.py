@@ -4,9 +4,7 @@ Not collected by name: test_triton.py runs this file in a process of its own, si
 triton is imported. The interpreter's bfloat16 products are wrong, so there inputs are float32 and float16.
 """
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from synpo_kernels import loss_triton, pair_loss, tiling, vocab_cuda, vocab_pass
 from synpo_kernels.tiling import LIBRARY, Route, ScoreTile
 from tests.kernels.conftest import PASSES
 from tests.kernels.oracle import Head
-from tests.kernels.planted import RUNNING, Mistake
+from tests.kernels.planted import RUNNING, load
 from tests.kernels.problems import PROBLEMS, ordinary, rising
 from tests.kernels.test_linear_logps import check, run
 
@@ -167,18 +165,6 @@ def test_the_loss_in_one_launch_is_the_objective(form: str, lengths: list[int]) 
     assert all(torch.equal(a, b) for a, b in zip(without[:-1], got[:-1], strict=True))
 
 
-def load(mistake: Mistake, folder: Path) -> ModuleType:
-    """vocab_triton.py with one mistake, as a module beside the right one."""
-    path = folder / "vocab_triton_with_a_mistake.py"
-    path.write_text(mistake.plant(Path(vocab_triton.__file__).read_text()))
-    spec = importlib.util.spec_from_file_location("synpo_kernels.vocab_triton_with_a_mistake", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @GIVES_INF
 @pytest.mark.parametrize("name", RUNNING)
 @pytest.mark.usefixtures("poison")
@@ -186,7 +172,7 @@ def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, monkeypatch: pyt
     """The test of the tests: each of these must make test_values_and_gradients fail on the problem named with it."""
     mistake = RUNNING[name]
     use(monkeypatch, ROUTES[mistake.route])
-    module = load(mistake, tmp_path)
+    module = load(mistake, vocab_triton, tmp_path)
     for launcher in ("score", "exponentiate", "reduce"):
         monkeypatch.setattr(vocab_cuda, launcher, getattr(module, launcher))
     with pytest.raises(AssertionError, match=r"logps|gradient of"):

@@ -1,5 +1,8 @@
-"""Mistakes that the kernel tests must catch, planted in the source of vocab_triton.py one at a time."""
+"""Mistakes that the kernel tests must catch, planted in the source of a Triton module one at a time."""
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 
@@ -8,7 +11,7 @@ class Mistake(NamedTuple):
 
     right: str
     wrong: str
-    problem: str = "ordinary"  # of problems.PROBLEMS
+    problem: str = "ordinary"  # of problems.PROBLEMS, or of interpreted_contrastive.LAWS
     route: str = "pointers"  # of interpreted.ROUTES
     trainable: bool = False
 
@@ -18,7 +21,21 @@ class Mistake(NamedTuple):
         return source.replace(self.right, self.wrong)
 
 
-# Caught by running the launchers.
+def load(mistake: Mistake, module: ModuleType, folder: Path) -> ModuleType:
+    """The module with one mistake, as another one beside it."""
+    assert module.__file__ is not None
+    name = f"{module.__name__}_with_a_mistake"
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(mistake.plant(Path(module.__file__).read_text()))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    wrong = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wrong)
+    return wrong
+
+
+# In vocab_triton.py, caught by running the launchers.
 RUNNING = {
     "mask off by one, at the edge of the vocabulary": Mistake("(columns[None, :] < V) &", "(columns[None, :] <= V) &"),
     "mask off by one, at the target": Mistake("!= target[:, None]", "!= target[:, None] + 1"),
@@ -45,7 +62,42 @@ RUNNING = {
     ),
 }
 
-# Caught by compiling alone: the interpreter runs it.
+# In contrastive_triton.py, caught by running its launchers.
+CONTRASTIVE = {
+    "mask off by one, at the edge of the vocabulary": Mistake("m = tokens < V\n", "m = tokens <= V\n", "plain"),
+    "the other view's mask forgotten": Mistake(
+        'masked = masked | (other == float("-inf"))', "masked = masked | False", "greedy"
+    ),
+    "a number that is not finite unseen": Mistake(
+        "tl.where(tl.max(wrong.to(tl.int32), axis=0) > 0, -1, first)", "first", "greedy"
+    ),
+    "ties to the last block": Mistake(
+        "token = tl.min(tl.where(block_tops == top, firsts, _LAST_ID), axis=0)",
+        "token = tl.max(tl.where(block_tops == top, firsts, 0), axis=0)",
+        "greedy",
+    ),
+    "blocks of l added as they are": Mistake(
+        "tl.sum(sums * _weights(tops, top, 1.0), axis=0)", "tl.sum(sums, axis=0)", "greedy"
+    ),
+    "blocks of c added as they are": Mistake("masses *= _weights(block_tops, top, scale)", "masses *= 1.0", "plain"),
+    "plausible beside the block's maximum": Mistake(
+        "floor = _row_top(l_tops, row, blocks, BLOCKS) + log_plausibility\n        end",
+        "floor = tl.load(l_tops + at) + log_plausibility\n        end",
+        "greedy, plausible",
+    ),
+    "-0 below 0": Mistake("bits = tl.where(c == 0, 0.0, c).to(", "bits = c.to(", "top-k"),
+    "one tied token too few": Mistake("<= room)", "< room)", "top-k"),
+    "the crossing token left out": Mistake(
+        "(above < cut)\n            total", "(above + weights < cut)\n            total", "top-k, top-p"
+    ),
+    "upper half of the step lost": Mistake("(step >> 32).to(tl.uint32)", "low * 0", "plain"),
+    "a walk that starts again in every block": Mistake(
+        "above + tl.cumsum(wide, axis=0) > u * mass", "tl.cumsum(wide, axis=0) > u * mass", "top-p alone"
+    ),
+    "a walk that never ends top-p": Mistake("& (above + tl.cumsum(wide, axis=0) - wide < cut)", "", "top-p alone"),
+}
+
+# In vocab_triton.py, caught by compiling alone: the interpreter runs it.
 COMPILING = {
     "int maximum": Mistake(
         'tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)',

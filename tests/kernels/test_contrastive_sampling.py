@@ -14,7 +14,7 @@ DRAWS = 200_000
 INF = math.inf
 
 
-def two_views(V: int, size: float = 1.0) -> tuple[Tensor, Tensor]:
+def two_views(V: int, size: float = 0.7) -> tuple[Tensor, Tensor]:
     return size * torch.randn(1, V), size * torch.randn(1, V)
 
 
@@ -38,7 +38,7 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
 # 150 tokens: a whole group of the C++ kernel and a part of one. One row stands for all: expanded rows share memory.
 @pytest.mark.parametrize("plausibility", [0.0, 0.02])
 @pytest.mark.parametrize("top_k", [0, 12, 100])
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_frequencies(temperature: float, top_p: float, top_k: int, plausibility: float) -> None:
     l, other = two_views(150)

@@ -1,7 +1,6 @@
 """Every Triton kernel, in every tile that tiling.py lists for an architecture, compiles for it: no register is spilled,
 shared memory is within its limit, and the chip's own matrix and copy instructions are there. No GPU is needed."""
 
-import importlib.util
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +13,7 @@ from triton.compiler.errors import CompilationError
 
 from synpo_kernels import loss_triton, vocab_triton
 from synpo_kernels.tiling import PASS, TILES, ScoreTile
-from tests.kernels.planted import COMPILING
+from tests.kernels.planted import COMPILING, load
 from tests.offline import Kernel, compile_for
 
 Case = tuple[int, str, int, bool]  # architecture, table in Tiles, place in it, with a bias
@@ -124,14 +123,7 @@ def test_a_tile_that_spills_or_does_not_fit_is_seen() -> None:
 
 @pytest.mark.parametrize("name", COMPILING)
 def test_a_mistake_that_only_the_compiler_sees(name: str, tmp_path: Path) -> None:
-    source = Path(vocab_triton.__file__).read_text()
-    path = tmp_path / "vocab_triton_that_does_not_compile.py"
-    path.write_text(COMPILING[name].plant(source))
-    spec = importlib.util.spec_from_file_location("synpo_kernels.vocab_triton_that_does_not_compile", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(COMPILING[name], vocab_triton, tmp_path)
     tile = ScoreTile(128, 128, 64, 3, 8, 1, False)
     with pytest.raises(CompilationError):
         compile_for(80, lambda: score(80, tile, False, False, 0.0, module))

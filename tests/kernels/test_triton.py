@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process of its own: under Triton's interpreter, or on the GPU where there is one."""
+"""Runs the interpreted files in a process of their own: under Triton's interpreter, or on a GPU."""
 
 import os
 import subprocess
@@ -14,9 +14,9 @@ def test_the_launchers(request: pytest.FixtureRequest) -> None:
     device = request.config.getoption("--device")
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    tests = str(Path(__file__).with_name("interpreted.py"))
+    tests = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_contrastive.py")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", device, tests],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", device, *tests],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,

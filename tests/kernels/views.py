@@ -24,6 +24,9 @@ class Views(NamedTuple):
     def to(self, dtype: torch.dtype) -> "Views":
         return self._replace(logits=self.logits.to(dtype), contrast=self.contrast.to(dtype))
 
+    def rows(self, chosen: list[int]) -> "Views":
+        return Views(*(x[chosen] for x in self))
+
 
 def views(V: int) -> Views:
     """Every kind of row; why each is there stands beside it."""
@@ -130,6 +133,7 @@ def check_sample(
     assert out.model_logps[~ok].isnan().all()
 
     tokens, c = out.tokens[ok][:, None], c[ok].double()
+    assert ((tokens >= 0) & (tokens < c.shape[1])).all(), tokens.tolist()
     uniform = torch.tensor([philox(seed, step) for seed in seeds[ok].tolist()], dtype=torch.float64)
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
     accepted = torch.zeros(len(c), dtype=torch.bool)
