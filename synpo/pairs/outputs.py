@@ -23,7 +23,7 @@ PAGE_FILE = "report/statistics.html"
 
 _COLUMNS = ("prompt", "chosen", "rejected", "images", "videos", "score_chosen", "score_rejected", "provenance")
 _FEATURES = Features({**PAIR_FEATURES, "provenance": Json()})
-_CHUNK = 500  # rows held at once
+_CHUNK = 50  # rows held at once; with their provenance about 200 kB each as Python objects
 Row = dict[str, Any]
 
 
