@@ -7,6 +7,7 @@ p-1..n-2, so every pass carries the flat positions of those hidden states and th
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,31 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .media import Media, MediaError, has_media
 from .prefix import Layout, Piece
 from .tokenise import COLUMNS, Pair, PairTokenizer
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A pair with media: tokenised when it is asked for, since its media decide on its placeholders."""
+
+    index: int
+    row: Mapping[str, Any]
+
+    def length(self) -> int:
+        """Characters of its texts: an order among pairs that have media, whose tokens are not counted yet."""
+        return len(str(self.row["prompt"])) + max(len(str(self.row[side])) for side in ("chosen", "rejected"))
+
+
 class PairDataset(Dataset):
-    """All pairs of a dataset, tokenised once, in memory."""
+    """All pairs of a dataset: texts tokenised once, in memory; videos and images read whenever a pair is asked for.
+
+    broken_media "stop": a video or image that cannot be read is an error; "skip": the next readable pair takes the
+    place of its own, and counts how many were passed over.
+    """
 
     def __init__(
         self,
@@ -30,16 +48,20 @@ class PairDataset(Dataset):
         tokenizer: PairTokenizer,
         name: str,
         min_score_gap: float | None = None,
+        broken_media: str = "stop",
     ) -> None:
         """Errors: TypeError for a stream, ValueError for a bad row (named) and where no pair is left."""
         _require_columns(rows, name)
         tokenizer.counts.clear()
-        self.pairs: list[Pair] = []
+        self.name, self.tokenizer, self.broken_media = name, tokenizer, broken_media
+        self.pairs: list[Pair | Pending] = []
         for index, row in enumerate(
             tqdm(rows, desc=f"tokenising {name} pairs", unit=" pairs", delay=2, disable=None, leave=False)
         ):
             if min_score_gap is not None and (reason := _score_gap_fails(row, min_score_gap)):
                 tokenizer.counts[reason] += 1
+            elif tokenizer.media is not None and has_media(row):
+                self._pend(row, index)
             elif (pair := tokenizer(row, index)) is not None:
                 self.pairs.append(pair)
         self.counts = dict(tokenizer.counts)
@@ -51,11 +73,38 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def _pend(self, row: Mapping[str, Any], index: int) -> None:
+        try:
+            self.tokenizer.check(row, index)
+        except MediaError as error:
+            if self.broken_media == "stop":
+                raise
+            logger.warning("%s pairs: %s", self.name, error)
+            self.tokenizer.counts["dropped, media missing or not supported"] += 1
+        else:
+            self.pairs.append(Pending(index, dict(row)))
+
     def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
+        for skipped in range(len(self.pairs)):
+            pair = self.pairs[(index + skipped) % len(self.pairs)]
+            if isinstance(pair, Pair):
+                return replace(pair, skipped=skipped) if skipped else pair
+            try:
+                found = self.tokenizer(pair.row, pair.index)
+            except MediaError as error:
+                if self.broken_media == "stop":
+                    raise
+                logger.warning("%s pairs: %s; the next pair takes its place", self.name, error)
+                continue
+            if found is not None:
+                return replace(found, skipped=skipped)
+            logger.warning(
+                "%s pairs: row %d is longer than max_length; the next takes its place", self.name, pair.index
+            )
+        raise MediaError(f"{self.name} pairs: none can be read; the warnings above name them")
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair's longer sequence."""
+        """Tokens of each pair's longer sequence; for pairs with media, a number of the same order."""
         return [pair.length() for pair in self.pairs]
 
 
@@ -140,34 +189,44 @@ class PairCollator:
         batch = assemble(pairs, self.pad_token_id, self.form)
         if self.references is not None:
             try:
-                sums = [self.references[sequence_key(*answer)] for answer in _answers(pairs)]
+                sums = [self.references[key] for pair in pairs for key in pair_keys(pair)]
             except KeyError:
                 raise ValueError(
                     f"rows {batch['indices']} have no precomputed reference log-probs; give their dataset to the "
                     "trainer's constructor"
                 ) from None
-            batch["ref_logps"] = torch.tensor(sums)
+            batch["ref_logps"] = torch.tensor([*sums[::2], *sums[1::2]])
         return batch
-
-
-def _answers(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
-    """(prompt, answer) of every sequence: the chosen ones, then their rejected."""
-    return [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
 
 
 class _Strip(NamedTuple):
     """Tokens that stay together in a row: a sequence, or a prompt with both its answers."""
 
     ids: Tensor
-    places: Tensor  # of each token in its own sequence
+    places: Tensor  # (n,) or (3, n): position of each token in its own sequence
+    media: Media | None
     pieces: tuple[Piece, ...]
     predictors: tuple[Tensor, ...]  # for each answer, where the hidden states that predict its tokens stand
 
 
-def _sequence(prompt: Tensor, answer: Tensor) -> _Strip:
-    p, n = len(prompt), len(prompt) + len(answer)
-    places = torch.arange(n)
-    return _Strip(torch.cat((prompt, answer)), places, (Piece(0, n),), (places[p - 1 : n - 1],))
+def _positions(pair: Pair, *answers: Tensor) -> Tensor:
+    """Of a prompt's tokens, and of each answer's, which go on from the prompt's largest."""
+    prompt = torch.arange(len(pair.prompt)) if pair.places is None else pair.places
+    first = int(prompt.max()) + 1
+    return torch.cat(
+        [prompt, *(torch.arange(first, first + len(a)).expand(*prompt.shape[:-1], len(a)) for a in answers)], -1
+    )
+
+
+def _sequence(pair: Pair, answer: Tensor) -> _Strip:
+    p, n = len(pair.prompt), len(pair.prompt) + len(answer)
+    return _Strip(
+        torch.cat((pair.prompt, answer)),
+        _positions(pair, answer),
+        pair.media,
+        (Piece(0, n),),
+        (torch.arange(p - 1, n - 1),),
+    )
 
 
 def _pair(pair: Pair) -> _Strip:
@@ -176,7 +235,8 @@ def _pair(pair: Pair) -> _Strip:
     own = torch.arange(p + c + r)
     return _Strip(
         torch.cat((pair.prompt, pair.chosen, pair.rejected)),
-        torch.cat((own[: p + c], own[p : p + r])),
+        _positions(pair, pair.chosen, pair.rejected),
+        pair.media,
         (Piece(0, p + c), Piece(p + c, p + c + r, 0, p)),
         (own[p - 1 : p + c - 1], torch.cat((own[p - 1 : p], own[p + c : -1]))),
     )
@@ -194,9 +254,12 @@ def assemble(pairs: Sequence[Pair], pad_token_id: int, form: Form) -> dict[str, 
     the right; or a row per pair (form.shared), or one row for all (form.packed). positions (N,) int64: flat indices
     into (R*T) of the hidden states that predict answer tokens, chosen answers first; labels (N,) int64, those tokens;
     cu_seqlens (2b+1,) int32, boundaries of the answers in both. pairs, indices: the pairs, and their rows in the
-    dataset. tokens: those of the 2b sequences. Forms other than PLAIN add layout and position_ids (R, T), see prefix.
+    dataset. tokens: those of the 2b sequences. media: what rows show, in order. skipped: pairs that these stand for
+    because their media could not be read. cut: pairs that lost tokens to max_length. Forms other than PLAIN add layout
+    (see prefix) and position_ids (R, T); (3, R, T) for models that count positions along time, height and width, in
+    any form.
     """
-    answers = _answers(pairs)
+    answers = [(p, p.chosen) for p in pairs] + [(p, p.rejected) for p in pairs]
     strips = [_pair(p) for p in pairs] if form.shared else [_sequence(*answer) for answer in answers]
     lengths = [len(strip.ids) for strip in strips]
     width = sum(lengths) if form.packed else max(lengths)
@@ -205,13 +268,14 @@ def assemble(pairs: Sequence[Pair], pad_token_id: int, form: Form) -> dict[str, 
 
     input_ids = torch.full((rows * width,), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    places = torch.zeros_like(input_ids)
+    axes = max(strip.places.ndim for strip in strips)  # 2 where some pair has positions along several axes
+    places = torch.zeros((3,) * (axes - 1) + input_ids.shape, dtype=torch.int64)
     pieces: list[tuple[Piece, ...]] = [()] * rows
     for strip, start in zip(strips, starts, strict=True):
         stop = start + len(strip.ids)
         input_ids[start:stop] = strip.ids
         attention_mask[start:stop] = 1
-        places[start:stop] = strip.places
+        places[..., start:stop] = strip.places
         row, column = divmod(start, width)
         pieces[row] += tuple(piece.shifted(column) for piece in strip.pieces)
     sides = range(2 if form.shared else 1)
@@ -224,15 +288,29 @@ def assemble(pairs: Sequence[Pair], pad_token_id: int, form: Form) -> dict[str, 
         "cu_seqlens": torch.tensor([0, *(len(answer) for _, answer in answers)]).cumsum(0).to(torch.int32),
         "pairs": list(pairs),
         "indices": [pair.index for pair in pairs],
-        "tokens": sum(len(prompt) + len(answer) for prompt, answer in answers),
+        "tokens": sum(len(pair.prompt) + len(answer) for pair, answer in answers),
+        "media": [strip.media for strip in strips if strip.media is not None],
+        "skipped": sum(pair.skipped for pair in pairs),
+        "cut": sum(pair.cut for pair in pairs),
     }
     if form != PLAIN:
-        batch |= {"layout": Layout(tuple(pieces)), "position_ids": places.view(rows, width)}
+        batch["layout"] = Layout(tuple(pieces))
+    if form != PLAIN or axes > 1:
+        batch["position_ids"] = places.unflatten(-1, (rows, width))
     return batch
 
 
-def sequence_key(prompt: Tensor, answer: Tensor) -> bytes:
-    """What identifies a sequence to a reference model: a hash of its token ids and of where the answer starts."""
+def sequence_key(prompt: Tensor, answer: Tensor, media: bytes = b"") -> bytes:
+    """What identifies a sequence to a reference model: a hash of its token ids, of where the answer starts, and of the
+    content of its media.
+    """
     digest = hashlib.sha256(len(prompt).to_bytes(8, "little"))
     digest.update(torch.cat((prompt, answer)).numpy().tobytes())
+    digest.update(media)
     return digest.digest()
+
+
+def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
+    """The keys of a pair's chosen and rejected sequence."""
+    media = b"" if pair.media is None else pair.media.key
+    return sequence_key(pair.prompt, pair.chosen, media), sequence_key(pair.prompt, pair.rejected, media)

@@ -8,8 +8,10 @@ from transformers import TrainingArguments
 from synpo_kernels import objectives
 
 from ..options import option
+from ..video import FramePolicy
 
 TRUNCATIONS = ("cut", "drop", "error")
+BROKEN_MEDIA = ("stop", "skip")
 SAMPLINGS = ("random", "sequential", "group_by_length")
 
 
@@ -59,6 +61,19 @@ class SynPOConfig(TrainingArguments):
     padding_free: bool | None = option(
         None, "Put the pairs of a pass end to end in one row, without padding. Default: with prefix sharing."
     )
+    num_frames: int | None = option(None, "Frames of a video, evenly spaced in time. Default: by fps.")
+    fps: float | None = option(
+        None,
+        "Frames of a video per second, at least 8 and at most 16 frames. Default: 0.5 where num_frames is not given.",
+    )
+    broken_media: str = option(
+        "stop", "A video or image that cannot be read: stop, or skip (the next pair takes its place). Counted."
+    )
+    vision_cache: str | None = option(
+        None,
+        "Directory to keep the frozen vision tower's features in, for all epochs and runs. Default: none are kept.",
+    )
+    vision_cache_gb: float = option(50.0, "Most that vision_cache may hold, in GB (2^30 bytes); least used go first.")
     fused: bool = option(True, "False: full logits and plain PyTorch losses, for comparison only.")
     workspace_mb: int | None = option(
         None, "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU, 640 to 1300 on a GPU."
@@ -91,6 +106,11 @@ class SynPOConfig(TrainingArguments):
             raise ValueError(f"truncation is {self.truncation!r}; allowed: {', '.join(TRUNCATIONS)}")
         if self.max_length < 8:
             raise ValueError(f"max_length is {self.max_length}; a prompt and an answer need at least 8 tokens")
+        if self.broken_media not in BROKEN_MEDIA:
+            raise ValueError(f"broken_media is {self.broken_media!r}; allowed: {', '.join(BROKEN_MEDIA)}")
+        if not self.vision_cache_gb > 0:
+            raise ValueError(f"vision_cache_gb is {self.vision_cache_gb}; it has to be greater than 0")
+        _ = self.frame_policy  # checks num_frames and fps
         for name in ("tokens_per_pass", "workspace_mb", "max_nonfinite_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -126,6 +146,12 @@ class SynPOConfig(TrainingArguments):
             raise ValueError(
                 f"precompute_ref_logps=True, but {self.objective} has no reference; set precompute_ref_logps=False"
             )
+
+    @property
+    def frame_policy(self) -> FramePolicy:
+        """Which frames of a video are taken. Errors: ValueError for numbers out of range, or both given."""
+        fps = 0.5 if self.num_frames is None and self.fps is None else self.fps
+        return FramePolicy(num_frames=self.num_frames, fps=fps)
 
     @property
     def needs_reference(self) -> bool:

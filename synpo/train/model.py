@@ -1,13 +1,16 @@
 """Models: adapters, and the hand-over of lm_head to a loss that needs no logits."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# Modules of vision-language models that are not vision.
+LANGUAGE = ("language_model", "text_model", "lm_head")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -17,6 +20,31 @@ def lora_recipe(
     """The SynPO release's LoRA: rank 128, alpha 64, dropout 0.05 on all projections of attention and MLP."""
     targets = targets if isinstance(targets, str) else list(targets)
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def language_part(name: str) -> bool:
+    """Whether a parameter or module of a vision-language model, by its name, belongs to the language model."""
+    return any(part in LANGUAGE for part in name.split("."))
+
+
+def spare_vision(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """An adapter's configuration whose target names also occur in a vision tower, kept off the tower and its projector.
+
+    A pattern as target_modules, or exclude_modules of the caller's own, is taken as it is.
+    """
+    wanted = getattr(config, "target_modules", None)
+    if (
+        wanted is None
+        or isinstance(wanted, str)
+        or config.exclude_modules
+        or not hasattr(model.config, "vision_config")
+    ):
+        return config
+    targets = set(wanted)
+    outside = [n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in targets and not language_part(n)]
+    spared = copy.copy(config)
+    spared.exclude_modules = outside or None
+    return spared
 
 
 class Head(NamedTuple):

@@ -13,6 +13,7 @@ from .collate import PLAIN, Form, assemble
 from .config import SynPOConfig
 from .model import base_model, find_head, head_replaced
 from .prefix import UnsupportedAttention, expects_window, forward_options, refusal, use_layouts
+from .vision import Vision
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class PairScorer:
     do not give what plain rows give, the passes are taken apart again and form is PLAIN from then on.
     """
 
-    def __init__(self, args: SynPOConfig, model: nn.Module, form: Form = PLAIN) -> None:
+    def __init__(self, args: SynPOConfig, model: nn.Module, form: Form = PLAIN, vision: Vision | None = None) -> None:
         """Errors: ValueError where lm_head cannot be handed to the fused loss."""
         self.form = form
+        self.vision = vision
         self.fallbacks = 0
         self.verified = False
         if form != PLAIN:
@@ -80,7 +82,7 @@ class PairScorer:
             return found[-1].loss
 
         with head_replaced(self.head, compute):
-            returned = _forward(model, batch).logits
+            returned = self._forward(model, batch).logits
         return found[-1]._replace(loss=returned)
 
     @torch.no_grad()
@@ -129,9 +131,12 @@ class PairScorer:
             "input_ids": batch["input_ids"][:1, : first + count],
             "labels": batch["labels"][:count],
             "positions": torch.arange(first, first + count, device=batch["labels"].device),
+            "media": batch["media"][:1] if batch["pairs"][0].media is not None else [],
         }
+        if "position_ids" in batch:
+            row["position_ids"] = batch["position_ids"][..., :1, : first + count]
         options = {"logits_to_keep": count} if self.keeps_logits else {}
-        logits = _forward(model, row, **options).logits[0, -count:].float()
+        logits = self._forward(model, row, **options).logits[0, -count:].float()
         expected = _gather(logits, row["labels"])
         got = self._head_logps(model, row).float()
         tolerance = 1e-3 + 2 * torch.finfo(self._precision).eps * float(logits.abs().max())
@@ -180,13 +185,25 @@ class PairScorer:
             return linear_logps(picked, module.weight, batch["labels"], bias=module.bias, **self._head_options())
 
         with head_replaced(self.head, compute):
-            return _forward(model, batch).logits
+            return self._forward(model, batch).logits
 
     def _logits_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         mask = {} if "layout" in batch else {"attention_mask": batch["attention_mask"]}
-        logits = _forward(model, batch, **mask).logits
+        logits = self._forward(model, batch, **mask).logits
         self._precision = logits.dtype
         return _gather(_rows(logits, batch["positions"]), batch["labels"])
+
+    def _forward(self, model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
+        # Plain rows are padded on the right and attention is causal: no token looks at padding, no mask is needed;
+        # without one attention skips the upper triangle and holds no (rows, T, T) mask. The eager path passes the mask
+        # all the same.
+        if "layout" in batch:
+            options |= forward_options(batch["layout"], batch["position_ids"])
+        elif "position_ids" in batch:
+            options["position_ids"] = batch["position_ids"]
+        if self.vision is not None:
+            options |= self.vision.options(model, batch["media"])
+        return model(input_ids=batch["input_ids"], use_cache=False, **options)
 
     def _eager(self, logps: Tensor, cu_seqlens: Tensor, ref_sums: Tensor | None) -> PreferenceOutput:
         losses = self.objective.function(logps, cu_seqlens, ref_logps=ref_sums, **self.hyperparameters)
@@ -196,15 +213,6 @@ class PairScorer:
         rewards = self.objective.rewards(sums, sums / lengths, ref_sums, self.hyperparameters)
         language = _means(fixed.exp(), cu_seqlens).chunk(2)[0]
         return PreferenceOutput(losses.mean(), *(sums / lengths).chunk(2), *rewards.chunk(2), language)
-
-
-def _forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
-    # Plain rows are padded on the right and attention is causal: no token looks at padding, no mask is needed; without
-    # one attention skips the upper triangle and holds no (rows, T, T) mask. The eager path passes the mask all the
-    # same.
-    if "layout" in batch:
-        options |= forward_options(batch["layout"], batch["position_ids"])
-    return model(input_ids=batch["input_ids"], use_cache=False, **options)
 
 
 def _plain(batch: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .collate import PLAIN, Form, PairCollator, PairDataset, sequence_key
+from .collate import PLAIN, Form, PairCollator, PairDataset, pair_keys
 from .config import SynPOConfig
 from .passes import PairScorer
+from .vision import Vision
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class References:
         ref_model: nn.Module | None,
         accelerator: Accelerator,
         form: Form = PLAIN,
+        vision: Vision | None = None,
     ) -> None:
         """Errors: ValueError where there is nothing to take as the reference."""
         if ref_model is None and not isinstance(model, PeftModel) and not args.precompute_ref_logps:
@@ -51,7 +53,7 @@ class References:
         self.ref_model = ref_model
         if ref_model is not None:
             ref_model.requires_grad_(False).to(args.device).eval()
-            self.scorer = PairScorer(args, ref_model, form)
+            self.scorer = PairScorer(args, ref_model, form, vision)
 
     def sums(self, scorer: PairScorer, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """(2b,) summed log-probs of a pass's sequences under the reference; dropout is off, no random number is
@@ -75,11 +77,14 @@ class References:
         reference = model if self.ref_model is None else self.ref_model
         path = self._path(reference)
         known = _read(path)
-        missing: dict[tuple[bytes, bytes], Any] = {}
-        for pair in (pair for dataset in datasets for pair in dataset.pairs):
-            keys = (sequence_key(pair.prompt, pair.chosen), sequence_key(pair.prompt, pair.rejected))
-            if not all(key in known for key in keys):
-                missing[keys] = pair
+        missing: dict[tuple[bytes, bytes], tuple[PairDataset, int]] = {}
+        # Pairs with media are read here for their keys, and again where they are computed: all of them at once would
+        # not fit in memory.
+        for dataset in datasets:
+            for i in range(len(dataset)):
+                keys = pair_keys(dataset[i])
+                if not all(key in known for key in keys):
+                    missing[keys] = (dataset, i)
         logger.info("reference log-probs: %d pairs to compute, %d sequences in %s", len(missing), len(known), path)
         if missing:
             sums = self._compute(scorer, model, collator, list(missing.values()))
@@ -89,13 +94,19 @@ class References:
                 _write(path, known)
         return known
 
-    def _compute(self, scorer: PairScorer, model: nn.Module, collator: PairCollator, pairs: Sequence[Any]) -> Tensor:
+    def _compute(
+        self,
+        scorer: PairScorer,
+        model: nn.Module,
+        collator: PairCollator,
+        pairs: Sequence[tuple[PairDataset, int]],
+    ) -> Tensor:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = -(-len(pairs) // world)
         mine = list(pairs[rank * share : (rank + 1) * share])
         rows = []
-        for pair in tqdm(mine, desc="reference log-probs", unit=" pairs", disable=None if rank == 0 else True):
-            (batch,) = collator([pair])["passes"]
+        for dataset, i in tqdm(mine, desc="reference log-probs", unit=" pairs", disable=None if rank == 0 else True):
+            (batch,) = collator([dataset[i]])["passes"]
             batch = {k: v.to(self.args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             rows.append(self.sums(scorer, model, batch))
         sums = torch.stack(rows) if rows else torch.zeros(0, 2, device=self.args.device)

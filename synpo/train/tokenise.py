@@ -1,16 +1,18 @@
-"""Rows of text as token ids: prompt, chosen answer, rejected answer."""
+"""Rows as token ids: prompt, chosen answer, rejected answer, and the media that stand in the prompt."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..pairs import normalise_pair
+from .media import Media, MediaError, MediaReader, has_media
+
 COLUMNS = ("prompt", "chosen", "rejected")
-MEDIA_COLUMNS = ("images", "videos")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Pair:
     prompt: Tensor
     chosen: Tensor
     rejected: Tensor
+    media: Media | None = None
+    places: Tensor | None = None  # (3, P) positions of the prompt's tokens, where they are not 0..P-1
+    skipped: int = 0  # pairs before this one in the dataset whose media could not be read
+    cut: bool = False  # whether truncation took tokens of it
 
     def length(self) -> int:
         """Tokens of the longer sequence."""
@@ -36,36 +42,85 @@ class PairTokenizer:
     the chat template. The answer is tokenised by itself, so no merge reaches across the boundary and the prompt's
     tokens are those that generation would see. Where max_length is passed, truncation "cut" shortens the prompt from
     the left (a start token stays) down to a quarter of max_length and then the longer answers before their end token;
-    "drop" drops the pair; "error" raises ValueError.
+    "drop" drops the pair; "error" raises ValueError. Placeholders of media are never cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        truncation: str,
+        media: MediaReader | None = None,
+        blind: str = "the model",
+    ) -> None:
+        """media: reads videos and images; without it pairs that have some are refused, ``blind`` saying who cannot see.
+
+        Errors: ValueError for a tokenizer without an end token.
+        """
         if tokenizer.eos_token_id is None:
             raise ValueError("processing_class has no eos_token; set one, answers have to end in it")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
+        self.media = media
+        self.blind = blind
         self.counts: Counter[str] = Counter()
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Pair | None:
         """The pair of a row, or None where truncation="drop" drops it. Errors: ValueError naming the row and the
         column.
         """
+        where = self._checked(row, index)
+        if has_media(row):
+            return self._with_media(normalise_pair(row, where), index, where)
+        prompt_text, answers = self._texts(row, where)
+        prompt = self._ids(prompt_text, special=isinstance(row["prompt"], str))
+        return self._pair(index, prompt, answers, where)
+
+    def check(self, row: Mapping[str, Any], index: int) -> None:
+        """Refuse a row with media as far as that is possible without reading them. Errors: MediaError, ValueError."""
+        where = self._checked(row, index)
+        record = normalise_pair(row, where)
+        for column in ("chosen", "rejected"):
+            _answer_message(record[column], where, column)
+        self.media.check(record, where)
+
+    def _checked(self, row: Mapping[str, Any], index: int) -> str:
         where = f"{row.get('source') or f'row {index}'}"
         missing = [column for column in COLUMNS if row.get(column) is None]
         if missing:
             raise ValueError(f"{where}: column {missing[0]!r} is missing; needed are prompt, chosen and rejected")
-        if any(row.get(column) for column in MEDIA_COLUMNS):
-            raise ValueError(f"{where}: has images or videos; this trainer takes text pairs only, remove them")
-        prompt_text, answers = self._texts(row, where)
-        prompt = self._ids(prompt_text, special=isinstance(row["prompt"], str))
+        if self.media is None and has_media(row):
+            raise ValueError(f"{where}: has images or videos, but {self.blind} takes text alone; remove them")
+        return where
+
+    def _with_media(self, record: Mapping[str, Any], index: int, where: str) -> Pair | None:
+        media = self.media.read(record, where)
+        messages = self.media.messages(record["prompt"], media)
+        answers = [_answer_message(record[column], where, column) for column in ("chosen", "rejected")]
+        head, tails = self._rendered(messages, answers, where)
+        prompt = self._ids(self.media.expand(head, media, where), special=False)
+        kept = self.media.span(prompt, media, where)
+        pair = self._pair(index, prompt, tails, where, kept)
+        if pair is None:
+            return None
+        if any(self.media.place in answer for answer in (pair.chosen, pair.rejected)):
+            raise MediaError(f"{where}: an answer holds {self.media.words.place!r}, the place of a vision vector")
+        return replace(pair, media=media, places=self.media.places(pair.prompt, media))
+
+    def _pair(
+        self, index: int, prompt: list[int], answers: Sequence[str], where: str, kept: tuple[int, int] = (0, 0)
+    ) -> Pair | None:
         if not prompt:
             raise ValueError(f"{where}: column 'prompt' has no tokens; the first answer token needs one before it")
         chosen, rejected = (
             self._answer(text, where, column) for text, column in zip(answers, ("chosen", "rejected"), strict=True)
         )
-        fitted = self._fit(prompt, chosen, rejected, where)
-        return None if fitted is None else Pair(index, *(torch.tensor(ids) for ids in fitted))
+        fitted = self._fit(prompt, chosen, rejected, where, kept)
+        if fitted is None:
+            return None
+        cut = sum(map(len, fitted)) < len(prompt) + len(chosen) + len(rejected)
+        return Pair(index, *(torch.tensor(ids) for ids in fitted), cut=cut)
 
     def _texts(self, row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
         prompt = row["prompt"]
@@ -80,6 +135,12 @@ class PairTokenizer:
             return prompt, [row["chosen"], row["rejected"]]
         prompt = [_text_message(message, where, "prompt") for message in prompt]
         answers = [_answer_message(row[column], where, column) for column in ("chosen", "rejected")]
+        return self._rendered(prompt, answers, where)
+
+    def _rendered(
+        self, prompt: list[dict[str, Any]], answers: list[dict[str, str]], where: str
+    ) -> tuple[str, list[str]]:
+        """A conversation's text up to the answer, and what each answer adds to it."""
         if self.tokenizer.chat_template is None:
             if len(prompt) > 1:
                 raise ValueError(
@@ -118,8 +179,9 @@ class PairTokenizer:
         return set(self.tokenizer.all_special_ids)
 
     def _fit(
-        self, prompt: list[int], chosen: list[int], rejected: list[int], where: str
+        self, prompt: list[int], chosen: list[int], rejected: list[int], where: str, kept: tuple[int, int]
     ) -> tuple[list[int], list[int], list[int]] | None:
+        """The three within max_length; prompt[kept[0]:kept[1]] stays whole."""
         longest = max(len(chosen), len(rejected))
         if len(prompt) + longest <= self.max_length:
             return prompt, chosen, rejected
@@ -131,12 +193,15 @@ class PairTokenizer:
         if self.truncation == "drop":
             self.counts["dropped, longer than max_length"] += 1
             return None
-        kept = max(self.max_length - longest, min(len(prompt), self.max_length // 4))
-        if kept < len(prompt):
-            self.counts["prompts cut"] += 1
-            start = [prompt[0]] if prompt[0] == self.tokenizer.bos_token_id else []
-            prompt = start + prompt[len(prompt) - kept + len(start) :]
+        left = max(self.max_length - longest, min(len(prompt), self.max_length // 4))
+        if left < len(prompt):
+            prompt = self._cut(prompt, len(prompt) - left, kept)
         room = self.max_length - len(prompt)
+        if room < 2:
+            raise MediaError(
+                f"{where}: its media take {kept[1] - kept[0]} of max_length={self.max_length} tokens and leave no room "
+                "for an answer; raise max_length, or lower num_frames or fps"
+            )
         cut = []
         for answer in (chosen, rejected):
             if len(answer) > room:
@@ -144,6 +209,14 @@ class PairTokenizer:
                 answer = [*answer[: room - 1], answer[-1]]
             cut.append(answer)
         return prompt, *cut
+
+    def _cut(self, prompt: list[int], count: int, kept: tuple[int, int]) -> list[int]:
+        """A prompt without its first ``count`` tokens, but for the start token and those of kept."""
+        start = int(prompt[0] == self.tokenizer.bos_token_id)
+        free = [i for i in range(start, len(prompt)) if not kept[0] <= i < kept[1]]
+        gone = set(free[:count])
+        self.counts["prompts cut"] += 1
+        return [token for i, token in enumerate(prompt) if i not in gone]
 
 
 def _text_message(message: Mapping[str, Any], where: str, column: str) -> dict[str, str]:

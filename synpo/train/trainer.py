@@ -20,13 +20,16 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from ..pretrained import load_model, load_tokenizer
 from ..run_files import append_json_line, write_json_lines
+from ..video import PixelSpec
 from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics
+from .model import base_model, spare_vision
 from .passes import PairScorer, choose_form
 from .references import References
 from .tokenise import PairTokenizer
+from .vision import open_media, open_vision
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +42,11 @@ class SynPOTrainer(ResumableTrainer):
     model: a transformers model, with or without peft adapters, or a name or path to load (a folder or file in gguf
     format too). args: SynPOConfig. train_dataset, eval_dataset: rows with the columns prompt, chosen, rejected
     (strings, concatenated as they are, or conversations, through the chat template) and optionally score_chosen,
-    score_rejected; eval_dataset may be a dict of them. processing_class: the tokenizer; default: the model's own.
-    peft_config: an adapter to train instead of the full model. ref_model: the reference of dpo, dpop, ipo and kto;
-    default: the model with its adapter switched off. compute_metrics: called with EvalPrediction(predictions=array
-    (pairs, 6) with the columns PAIR_COLUMNS, label_ids=None).
+    score_rejected, images or videos (see docs/train.md); eval_dataset may be a dict of them. processing_class: the
+    tokenizer; default: the model's own. peft_config: an adapter to train instead of the full model. ref_model: the
+    reference of dpo, dpop, ipo and kto; default: the model with its adapter switched off. compute_metrics: called with
+    EvalPrediction(predictions=array (pairs, 6) with the columns PAIR_COLUMNS, label_ids=None). pixel_spec: how the
+    vision tower wants frames; default: what the files beside the model's weights say.
 
     A step's loss is the mean over all its pairs, over micro-batches and devices alike (kto: means of micro-batches,
     which it couples). output_dir receives metrics.jsonl (every log line), eval_pairs/<name>-<step>.jsonl (margins of
@@ -66,6 +70,7 @@ class SynPOTrainer(ResumableTrainer):
         ref_model: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        pixel_spec: PixelSpec | None = None,
     ) -> None:
         if not isinstance(args, SynPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; a SynPOConfig is needed")
@@ -77,9 +82,11 @@ class SynPOTrainer(ResumableTrainer):
             processing_class = load_tokenizer(model if isinstance(model, str) else _origin(model))
         model = _trainable(model, peft_config, args.seed)
         form = choose_form(args, *(m for m in (model, ref_model) if m is not None))
-        self.scorer = PairScorer(args, model, form)
-        tokenizer = PairTokenizer(processing_class, args.max_length, args.truncation)
-        self._tokenise = partial(PairDataset, tokenizer=tokenizer)
+        media = open_media(args, model, processing_class, pixel_spec)
+        self.scorer = PairScorer(args, model, form, open_vision(model, media))
+        name = type(base_model(model)).__name__
+        tokenizer = PairTokenizer(processing_class, args.max_length, args.truncation, media, name)
+        self._tokenise = partial(PairDataset, tokenizer=tokenizer, broken_media=args.broken_media)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: self._tokenise(rows, name=name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -102,10 +109,12 @@ class SynPOTrainer(ResumableTrainer):
         )
         self.references = None
         if args.needs_reference:
-            self.references = References(args, self.model, ref_model, self.accelerator, form)
+            vision = None if ref_model is None else open_vision(ref_model, media, cached=False)
+            self.references = References(args, self.model, ref_model, self.accelerator, form, vision)
         if self.references is None and ref_model is not None:
             raise ValueError(f"ref_model is given but {args.objective} has no reference; leave it out")
         self._parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
+        self.skipped_media = self.truncated_pairs = 0
         self._means = RunningMeans()
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=args.device)
         self._window: list[int] = []
@@ -178,6 +187,8 @@ class SynPOTrainer(ResumableTrainer):
             self._means.add(output.loss, pair_metrics(output, self.args))
             self._window += batch["indices"]
             self.num_tokens += batch["tokens"]
+            self.skipped_media += batch["skipped"]
+            self.truncated_pairs += batch["cut"]
             total += loss.detach()
         # The sum that transformers keeps of this would not survive one NaN; the step is counted in _get_grad_norm.
         return total.nan_to_num(0.0, 0.0, 0.0)
@@ -226,6 +237,8 @@ class SynPOTrainer(ResumableTrainer):
                 logs["num_tokens"] = int(self._sum(torch.tensor(self.num_tokens, device=self.args.device)))
             logs["nonfinite_steps"] = self.nonfinite_steps
             logs["form_fallbacks"] = self.scorer.fallbacks
+            logs["skipped_media"] = self.skipped_media
+            logs["truncated_pairs"] = self.truncated_pairs
             self._last_log = now
         super().log(logs, start_time)
         if self.is_world_process_zero():
@@ -317,7 +330,7 @@ def _trainable(model: str | nn.Module, peft_config: PeftConfig | None, seed: int
         if isinstance(model, PeftModel):
             raise ValueError("peft_config is given but model already has an adapter; leave one of them out")
         set_seed(seed)  # the adapter's first values are part of the run
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, spare_vision(peft_config, model))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "the model has no trainable parameter; pass peft_config, or load the adapter with is_trainable=True"

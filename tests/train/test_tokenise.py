@@ -132,7 +132,7 @@ def test_too_long_is_an_error_where_asked() -> None:
         ({"images": [{"path": "a.png"}]}, "row 5: has images or videos"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
-            "row 5: column 'prompt' has a part of type 'video'",
+            "row 5: has images or videos, but the model takes text alone",
         ),
         ({"prompt": "", "chosen": "w1", "rejected": "w2"}, "row 5: column 'prompt' has no tokens"),
     ],
