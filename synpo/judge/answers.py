@@ -61,7 +61,7 @@ def _answer(text: str) -> dict[str, Any]:
     found = [(value, end) for value, end in _objects(text) if "scores" in value]
     if not found:
         raise Unparsable("no object with scores")
-    if len(found) > 1:
+    if len(found) > 1 or text.count('"scores":') > 1:  # inside another object, too
         raise Unparsable("more than one object with scores")
     answer, end = found[0]
     rest = _END_OF_FENCE.match(text, end)
