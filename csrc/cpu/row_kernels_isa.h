@@ -78,6 +78,16 @@ struct RowKernelsOf {
       }
     }
   }
+  // The same for one view without a floor, where c is l.
+  static void widen_top(const Row& row, int64_t begin, int64_t count, float* l, Group& group) {
+    widen_group(row.dtype, row.logits, begin, count, -kInfinity, l);
+    for (int64_t j = 0; j < kGroup; j += kLanes) {
+      const Vec full = load<Vec>(l + j);
+      group.finite &= full < kInfinity;
+      group.c_top = larger(full, group.c_top);
+    }
+    group.l_top = larger(group.c_top, group.l_top);
+  }
   static bool all(Int mask) {
     bool out = true;
     for (int i = 0; i < kLanes; ++i) out &= mask[i] != 0;
@@ -99,7 +109,11 @@ struct RowKernelsOf {
     int64_t end = 0;
     for (; end < count; end += kGroup) {
       Group group{block.l_top, Vec{} - kInfinity, block.finite};
-      combine_group(row, law, begin + end, count - end < kGroup ? count - end : kGroup, l + end, c + end, group);
+      const int64_t size = count - end < kGroup ? count - end : kGroup;
+      if (row.contrast)
+        combine_group(row, law, begin + end, size, l + end, c + end, group);
+      else
+        widen_top(row, begin + end, size, l + end, group);
       *group_tops = largest(group.c_top);
       block = {group.l_top, larger(group.c_top, block.c_top), group.finite};
       ++group_tops;
@@ -111,11 +125,26 @@ struct RowKernelsOf {
     if (scale == 1.0f && !row.contrast)
       sums->c_sum = sums->l_sum;
     else
-      sums->c_sum = scale == 0.0f ? 0.0f : sum_of_weights(c, end, sums->c_top, scale);
+      sums->c_sum = scale == 0.0f ? 0.0f : sum_of_weights(row.contrast ? c : l, end, sums->c_top, scale);
   }
 
-  // exp(x) for x <= 0 or x = -inf.
-  static Vec weight(Vec x) { return vector_exp<Bytes>(x); }
+  // exp(x) for x <= 0, 0 below -87, NaN stays NaN: vector_exp without what larger x need. The power of 2 is added to
+  // the exponent field, which x >= -87 keeps above 0.
+  static Vec weight(Vec x) {
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, in the low bits
+    const Int below = x < -87.0f;
+    const Vec clamped = bits<Vec>(~below & bits<Int>(x));
+    const Vec shifted = clamped * 1.44269504088896341f + kRounder;
+    const Vec n = shifted - kRounder;
+    const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return bits<Vec>(~below & (bits<Int>(p) + (bits<Int>(shifted) << 23)));
+  }
 
   static float sum_of_weights(const float* x, int64_t count, float top, float scale) {
     if (!(top > -kInfinity)) return 0.0f;
