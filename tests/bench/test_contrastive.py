@@ -42,7 +42,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["implementation"] for row in rows] == ["eager", "ours"]
     assert float(rows[0]["over_eager"]) == 1.0
-    assert float(rows[1]["over_eager"]) == pytest.approx(
-        float(rows[0]["p50_ms"]) / float(rows[1]["p50_ms"]), rel=1e-3
-    )
+    assert float(rows[1]["over_eager"]) == pytest.approx(float(rows[0]["p50_ms"]) / float(rows[1]["p50_ms"]), rel=1e-3)
     assert "| greedy | fp32 | ours |" in capsys.readouterr().out
