@@ -25,6 +25,7 @@ from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics
+from .host_memory import return_freed_tensors
 from .model import base_model, spare_vision
 from .passes import PairScorer, choose_form
 from .references import References
@@ -78,6 +79,8 @@ class SynPOTrainer(ResumableTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start one process each, with torchrun or accelerate launch"
             )
+        if args.device.type == "cpu":
+            return_freed_tensors()
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else _origin(model))
         model = _trainable(model, peft_config, args.seed)
