@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phase", nargs="+", choices=PHASES, default=["forward+backward"], help="default: forward+backward")
     p.add_argument("--rounds", type=int, default=20, help="timed rounds of a row (20)")
     p.add_argument("--budget", type=float, default=60.0, help="seconds for the timed rounds of a row (60)")
-    p.add_argument("--limit", type=float, default=900.0, help="seconds after which a row is given up (900)")
+    p.add_argument("--limit", type=float, default=900.0, help="seconds after which a first run is given up (900)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, help="CSV; default bench/results/<device>.csv")
     p.add_argument("--plot", type=Path, help="PNG to draw from the CSV")
@@ -84,7 +84,7 @@ def run_row(spec: Spec, expected: Path, limit: float) -> Result:
                 return Result("failed", f"the oracle: {wrong}")
         answer, wrong = measure.in_fresh_process(["measure", json.dumps(asdict(spec)), str(expected)], limit)
     except subprocess.TimeoutExpired:
-        return Result("timed out", f"given up after {limit:g} s")
+        return Result("timed out", f"given up after {2 * limit:g} s")
     return Result("failed", wrong) if wrong else Result(**json.loads(answer))
 
 

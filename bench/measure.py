@@ -8,11 +8,13 @@ the peak is taken: the compiler's time and memory are not the loss's.
 """
 
 import json
+import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -147,7 +149,15 @@ def few_tokens(inputs: Inputs) -> Inputs:
     )
 
 
-def measure(spec: Spec, expected: Expected) -> Result:
+def give_up(peak: Peak, limit: float) -> None:
+    """End this process with what is known of a first run that has not ended: a lower bound of its memory."""
+    note = f"given up after {limit:g} s in its first full run, {peak.extra_mb():.0f} MB above what was held before"
+    print(json.dumps(asdict(Result("timed out", note))), flush=True)
+    os._exit(0)
+
+
+def measure(spec: Spec, expected: Expected, limit: float | None = None) -> Result:
+    """The row of ``spec``. limit: seconds after which a first full run on a CPU ends the process, in ``give_up``."""
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
     inputs = make_inputs(CASES[spec.case], spec.N, dtype, device)
     stopwatch = Stopwatch(device)
@@ -159,7 +169,12 @@ def measure(spec: Spec, expected: Expected) -> Result:
 
     peak = Peak(device)
     outputs: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+    watch = None if limit is None or device.type != "cpu" else threading.Timer(limit, give_up, (peak, limit))
+    if watch:
+        watch.start()
     first_ms = stopwatch(lambda: outputs.append(call()))
+    if watch:
+        watch.cancel()
     extra_mb = peak.extra_mb()
     errors = oracle.compare(spec.op, expected, inputs.cu_seqlens, *outputs.pop())
     values = {"max_logp_error": errors.max_logp_error}
@@ -201,25 +216,25 @@ def read_expected(path: Path, device: str) -> Expected:
 
 
 def in_fresh_process(arguments: list[str], limit: float) -> tuple[str, str]:
-    """Run this module; its last line of output and "", or "" and what went wrong. subprocess.TimeoutExpired past
-    ``limit`` seconds.
+    """Run this module; its last line of output and "", or "" and what went wrong. A first full run ends itself after
+    ``limit`` seconds; subprocess.TimeoutExpired where all of it takes twice as long.
     """
-    command = [sys.executable, "-m", "bench.measure", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "bench.measure", *arguments, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * limit, cwd=Path(__file__).parent.parent)
     if done.returncode:
         return "", (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]
     return done.stdout.strip().splitlines()[-1], ""
 
 
 def main() -> None:
-    kind, payload, path = sys.argv[1:]
+    kind, payload, path, limit = sys.argv[1:]
     arguments = json.loads(payload)
     if kind == "expect":
         write_expected(**arguments, path=Path(path))
         print("{}")
         return
     spec = Spec(**arguments)
-    print(json.dumps(asdict(measure(spec, read_expected(Path(path), spec.device)))))
+    print(json.dumps(asdict(measure(spec, read_expected(Path(path), spec.device), float(limit)))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The protocol: the oracle is right, right implementations pass it, wrong ones are refused, memory is counted."""
 
 import dataclasses
+import json
+import re
+import time
 
 import pytest
 import torch
@@ -125,6 +128,25 @@ def test_a_slow_row_is_cut_to_its_budget_and_says_so():
     result = measure.measure(spec(budget=1e-9), expected_for(spec()))
     assert (result.status, result.rounds) == ("ok", 1)
     assert "one cold run" in result.note
+
+
+def test_a_row_past_its_limit_says_how_much_it_held(monkeypatch, capfd):
+    """A lower bound of what it needs; the process would have ended there."""
+
+    def slow(hidden, weight, labels, softcap):
+        held = torch.ones(16 << 20)
+        time.sleep(0.5)
+        return naive_logps(hidden, weight, labels, softcap) + 0 * held[0]
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "slow", Implementation(slow))
+    ended = []
+    monkeypatch.setattr(measure.os, "_exit", ended.append)
+    s = spec(implementation="slow")
+    measure.measure(s, expected_for(s), limit=0.2)
+    assert ended == [0]
+    result = json.loads(capfd.readouterr().out.splitlines()[0])
+    assert result["status"] == "timed out"
+    assert re.fullmatch(r"given up after 0.2 s in its first full run, (6[4-9]|7\d) MB above .*", result["note"])
 
 
 def test_peak_counts_what_was_held_and_freed_in_between():
