@@ -5,6 +5,7 @@ triton is imported. The interpreter's bfloat16 products are wrong, so there inpu
 """
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from synpo_kernels import loss_triton, pair_loss, tiling, vocab_cuda, vocab_pass
 from synpo_kernels.tiling import LIBRARY, Route, ScoreTile
 from tests.kernels.conftest import PASSES
 from tests.kernels.oracle import Head
-from tests.kernels.planted import RUNNING, load
+from tests.kernels.planted import LOSS, RUNNING, load
 from tests.kernels.problems import PROBLEMS, ordinary, rising
 from tests.kernels.test_linear_logps import check, run
 
@@ -149,20 +150,33 @@ def test_offsets_past_two_to_the_31(route: str) -> None:
 @pytest.mark.parametrize("lengths", [[1, 1], [3, 1, 2, 7], [511, 512, 513, 1025, 1, 30], [5, 6] * 8, [4, 9, 2] * 6])
 @pytest.mark.usefixtures("poison")
 def test_the_loss_in_one_launch_is_the_objective(form: str, lengths: list[int]) -> None:
+    check_loss(loss_triton, form, lengths)
+
+
+def check_loss(module: ModuleType, form: str, lengths: list[int]) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     # From certain to hopeless, with chosen and rejected far apart and close together: both ends of the sigmoid.
     levels = torch.tensor([1e-7, 0.01, 0.5, 3.0, 40.0])[torch.randint(0, 5, (len(lengths),))]
     logps = -torch.rand(int(cu_seqlens[-1])) * levels.repeat_interleave(torch.tensor(lengths))
     settings = {"alpha": 30.0, "beta": 0.2, "form": form, "pairs": 7}
     want = pair_loss._synpo_loss(logps.double(), cu_seqlens, **settings, want_coef=True)
-    got = loss_triton.synpo_loss(logps, cu_seqlens, **settings, want_coef=True)
+    got = module.synpo_loss(logps, cu_seqlens, **settings, want_coef=True)
     for ours, exact in zip(got, want, strict=True):
         assert ours.dtype == torch.float32
         # alpha (r+ - r-) loses 30 of float32's steps at a probability of 1.
         torch.testing.assert_close(ours.double(), exact, rtol=64 * 2**-23, atol=64 * 2**-23 * float(exact.abs().max()))
-    without = loss_triton.synpo_loss(logps, cu_seqlens, **settings, want_coef=False)
+    without = module.synpo_loss(logps, cu_seqlens, **settings, want_coef=False)
     assert without[-1].shape == (0,)
     assert all(torch.equal(a, b) for a, b in zip(without[:-1], got[:-1], strict=True))
+
+
+@GIVES_INF
+@pytest.mark.parametrize("name", LOSS)
+@pytest.mark.usefixtures("poison")
+def test_a_mistake_planted_in_the_loss_is_caught(name: str, tmp_path: Path) -> None:
+    form = "sigmoid" if LOSS[name].problem == "ordinary" else LOSS[name].problem
+    with pytest.raises(AssertionError, match="not close"):
+        check_loss(load(LOSS[name], loss_triton, tmp_path), form, [511, 40, 513, 1025, 60, 30])
 
 
 @GIVES_INF

@@ -11,7 +11,7 @@ class Mistake(NamedTuple):
 
     right: str
     wrong: str
-    problem: str = "ordinary"  # of problems.PROBLEMS, or of interpreted_contrastive.LAWS
+    problem: str = "ordinary"  # of problems.PROBLEMS, interpreted_contrastive.LAWS or the loss's forms
     route: str = "pointers"  # of interpreted.ROUTES
     trainable: bool = False
 
@@ -60,6 +60,26 @@ RUNNING = {
     "pass starts a part too late": Mistake(
         "part = first_part + tl.program_id(1)", "part = first_part + 1 + tl.program_id(1)", "ordinary", "library"
     ),
+}
+
+# In loss_triton.py, caught by running its launcher.
+LOSS = {
+    "pairs past the last counted": Mistake("tl.where(mask, -rank - beta * q, 0.0)", "-rank - beta * q"),
+    "rejected answers where chosen ones end": Mistake(
+        "rejected_start = tl.load(cu_seqlens + B + i,", "rejected_start = tl.load(cu_seqlens + B + i - 1,"
+    ),
+    "the last step of an answer forgotten": Mistake(
+        "for t in range(0, tl.max(rejected_tokens, axis=0), TOKENS):\n                steps",
+        "for t in range(0, tl.max(rejected_tokens, axis=0) - TOKENS, TOKENS):\n                steps",
+    ),
+    "wrong sign of the chosen's coefficient": Mistake("-(shared[:, None] + beta * p)", "(shared[:, None] - beta * p)"),
+    "language term of the answer, not of its tokens": Mistake(
+        "shared[:, None] + beta * p)", "shared[:, None] + beta * chosen_reward[:, None])"
+    ),
+    "slope of the wrong side": Mistake(
+        "slope = tl.where(u < 0, 1.0, e)", "slope = tl.where(u < 0, e, 1.0)", "logsigmoid"
+    ),
+    "mean over all pairs of this call": Mistake("axis=0) / pairs)", "axis=0) / B)"),
 }
 
 # In contrastive_triton.py, caught by running its launchers.
