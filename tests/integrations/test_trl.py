@@ -163,3 +163,26 @@ def test_what_synpo_has_no_use_for_is_named(tmp_path: Path, dpo: Any, cpo: Any) 
         making.trainer(kind, config, tmp_path, loss_type="synpo")
     with pytest.raises(ValueError, match=r"alpha is 0\.0; synpo needs alpha > 0"):
         making.trainer(kind, config, tmp_path, loss_type="synpo", cpo_alpha=0.0, synpo_alpha=0.0)
+
+
+def test_dpo_in_mixed_precision(tmp_path: Path, dpo: Any) -> None:
+    """trl's default, bf16: policy and reference are one model at first, so the loss is log 2 to float32."""
+    kind, config = dpo[1]
+    adapter = lora_recipe(r=4, alpha=8, dropout=0.0)
+    loss, gradients, _ = making.step(making.trainer(kind, config, tmp_path, bf16=True, beta=0.5, peft_config=adapter))
+    assert loss == pytest.approx(0.6931472, abs=1e-6)
+    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-3
+
+
+def test_capped_logits(tmp_path: Path, dpo: Any) -> None:
+    """Their mean takes all of them, so it is left out."""
+    from tests.integrations.test_pair_loss import models
+
+    runs = []
+    for name, (kind, config) in zip(("trl", "synpo"), dpo, strict=True):
+        trainer = making.trainer(kind, config, tmp_path / name, models()["gemma2"], ref_model=models()["gemma2"])
+        runs.append(making.step(trainer))
+    (theirs, _, their_logs), (ours, _, our_logs) = runs
+    assert ours == pytest.approx(theirs, abs=LOGPS)
+    left_out = {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+    assert their_logs.keys() - our_logs.keys() == left_out
