@@ -51,14 +51,18 @@ def locate(name: str) -> Location:
     return Location(str(path), {"gguf_file": found[0].name})
 
 
-def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: torch.dtype | str | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """A language model or vision-language model by name or path, an adapter on the model that it was trained on.
 
-    dtype None: float32 on a machine without an accelerator, else the checkpoint's own.
+    dtype None: float32 on a machine without an accelerator, else the checkpoint's own. attn_implementation: as in
+    transformers' from_pretrained; None: its default.
     """
     where, options = locate(name)
     if (adapter := Path(where) / ADAPTER).exists():
-        model = load_model(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"], dtype)
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = load_model(base, dtype, attn_implementation)
         model.load_adapter(where)
         return model
     if dtype is None:
@@ -66,8 +70,10 @@ def load_model(name: str, dtype: torch.dtype | str | None = None) -> PreTrainedM
     if "gguf_file" not in options:
         sees = type(AutoConfig.from_pretrained(where)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        return loader.from_pretrained(where, dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        return loader.from_pretrained(where, dtype=dtype, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, attn_implementation=attn_implementation, **options
+    )
     # The weights were dequantised while loading; the marks of their former format would forbid training them.
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(mark, None)

@@ -19,6 +19,7 @@ from ..run_files import read_json_lines, write_atomically
 from . import checkpoints
 from .config import SynPOConfig, own_fields
 from .model import LORA_TARGETS, lora_recipe
+from .model_card import Origin, write_model_card
 from .trainer import PAIRS_FOLDER, SynPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class RunConfig:
     format: str = option("auto", "Format of the pairs; see docs/data.md.")
     dtype: str | None = option(
         None, "Model weights: float32, bfloat16, float16, auto. Default: float32 on a CPU, else auto."
+    )
+    attn_implementation: str | None = option(
+        None, "Attention of transformers: sdpa, eager, flash_attention_2, ... Rows of several sequences have their own."
     )
     full: bool = option(False, "Train all weights rather than a LoRA adapter.")
     lora_r: int = option(128, "Rank of the adapter.")
@@ -81,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     train_pairs, eval_pairs = load_data(run)
 
     trainer = SynPOTrainer(
-        load_model(run.model, run.dtype),
+        load_model(run.model, run.dtype, run.attn_implementation),
         config,
         train_pairs,
         eval_pairs,
@@ -91,10 +95,13 @@ def main(args: argparse.Namespace) -> int:
     before = None if eval_pairs is None else _evaluate(trainer, 0)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    held_out = ""
     if before is not None:
-        after = _evaluate(trainer, trainer.state.global_step)
-        if trainer.is_world_process_zero():
-            print(comparison(before, after))
+        held_out = comparison(before, _evaluate(trainer, trainer.state.global_step))
+    if trainer.is_world_process_zero():
+        if held_out:
+            print(held_out)
+        write_model_card(trainer, Origin(run.model, run.data, held_out))
     logger.info("written to %s", config.output_dir)
     return 0
 

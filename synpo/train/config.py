@@ -12,6 +12,7 @@ from ..video import FramePolicy
 
 TRUNCATIONS = ("cut", "drop", "error")
 BROKEN_MEDIA = ("stop", "skip")
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 SAMPLINGS = ("random", "sequential", "group_by_length")
 
 
@@ -133,7 +134,19 @@ class SynPOConfig(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}; preference losses have none, leave it out"
             )
         if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel=True replaces the model's loss; SynPOTrainer has its own, leave it out")
+            self._check_liger()
+
+    def _check_liger(self) -> None:
+        # liger-kernel's layers are welcome; its losses would stand where SynPOTrainer's own takes the hidden states.
+        given = self.liger_kernel_config or {}
+        for name in LIGER_LOSSES:
+            if given.get(name):
+                raise ValueError(
+                    f"liger_kernel_config has {name}: True, a loss of its own; SynPOTrainer has one, leave it out"
+                )
+        if self.device.type == "cpu":
+            raise ValueError("use_liger_kernel=True: liger-kernel's kernels need a GPU; leave it out on a CPU")
+        self.liger_kernel_config = {**given, **dict.fromkeys(LIGER_LOSSES, False)}
 
     def _check_objective(self) -> None:
         given = {

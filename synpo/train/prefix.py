@@ -16,6 +16,7 @@ again when activation checkpointing calls a layer a second time.
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -169,10 +170,22 @@ def _attention(former: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         layout = options.pop(NAME, None)
         if layout is None:
             plain = ALL_ATTENTION_FUNCTIONS.get(former) or _eager_of(module)
-            return plain(module, query, key, value, attention_mask, **options)
+            with _named(module.config, former):
+                return plain(module, query, key, value, attention_mask, **options)
         return piecewise(module, query, key, value, layout, **options), None
 
     return attention
+
+
+@contextmanager
+def _named(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Inside, the configuration names that attention: flash attention looks there for the library it is to call."""
+    own = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
