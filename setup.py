@@ -1,4 +1,4 @@
-"""Builds csrc into synpo_kernels/_C*.so; without a compiler, or torch beside setuptools, installs without it."""
+"""Builds csrc into synpo_kernels/_C.abi3.so; without a compiler, or torch beside setuptools, installs without it."""
 
 import warnings
 from glob import glob
@@ -21,8 +21,9 @@ try:
             libraries=["torch_cpu", "c10"],
             library_dirs=library_paths(),
             optional=True,
+            py_limited_api=True,
         )
     ]
 except ImportError:
     warnings.warn("torch is not importable here: installing without the C++ kernels", stacklevel=1)
-setup(ext_modules=extensions)
+setup(ext_modules=extensions, options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {})

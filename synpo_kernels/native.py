@@ -4,7 +4,6 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -16,9 +15,8 @@ _FORCING = threading.Lock()
 
 def _load() -> tuple[ctypes.CDLL | None, Path | None, str]:
     """The loaded library, its path, and why there is none."""
-    here = Path(__file__).parent
-    path = next((here / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES if (here / f"_C{suffix}").exists()), None)
-    if path is None:
+    path = Path(__file__).with_name("_C.abi3.so")
+    if not path.exists():
         return None, None, "not built: install with a C++17 compiler and `pip install --no-build-isolation -e .`"
     try:
         torch.ops.load_library(str(path))

@@ -1,0 +1,68 @@
+"""The wheel and the sdist hold what they must: built without torch in sight, so that nothing is compiled."""
+
+import email
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILD = """
+import sys, warnings
+sys.modules["torch"] = None  # as on a machine without it: no C++ kernels
+warnings.simplefilter("ignore")
+from setuptools import build_meta
+print(build_meta.build_sdist("dist"), build_meta.build_wheel("dist"))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an sdist and a wheel, made from a copy of this tree."""
+    tree = tmp_path_factory.mktemp("tree")
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".*", "runs", "build", "dist", "models")
+    for path in ROOT.iterdir():
+        if path.is_dir() and path.name in ("synpo", "synpo_kernels", "csrc", "bench", "docs", "examples", "tests"):
+            shutil.copytree(path, tree / path.name, ignore=leave)
+        elif path.is_file() and not path.name.startswith("."):
+            shutil.copy2(path, tree)
+    done = subprocess.run([sys.executable, "-c", BUILD], cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tree / "dist"
+
+
+def test_the_wheel(built: Path) -> None:
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+        info = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(wheel.read(info))
+        entry_points = wheel.read(info.replace("METADATA", "entry_points.txt")).decode()
+    for folder in ("synpo", "synpo_kernels"):
+        sources = {f"{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
+        assert sources <= names
+    assert "synpo_kernels/py.typed" in names
+    weights = {f"{p.relative_to(ROOT)}" for p in (ROOT / "synpo/miniature/weights").iterdir()}
+    assert "synpo/miniature/weights/model.safetensors" in weights <= names
+    assert {name.split("/")[0] for name in names} == {"synpo", "synpo_kernels", info.split("/")[0]}
+    assert "synpo = synpo.cli:main" in entry_points
+    assert metadata["Name"] == "synpo"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "torch>=2.11" in metadata.get_all("Requires-Dist")
+    assert metadata.get_payload().startswith("# synpo")
+
+
+def test_the_sdist_builds_the_kernels(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    for folder in ("csrc", "synpo_kernels", "tests", "examples"):
+        files = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in (".cpp", ".h", ".py")}
+        assert files <= names, files - names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "constraints.txt", "Makefile", "README.md"} <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
