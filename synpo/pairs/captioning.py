@@ -51,8 +51,12 @@ class Captioner(Protocol):
     parallel: int
     shrink: Callable[[np.ndarray, int], np.ndarray] | None
 
-    def __call__(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
-        """For each view one greedy caption (seeds None), or one sampled caption for each seed."""
+    def __call__(
+        self, views: Sequence[View], instruction: str, seeds: Sequence[Sequence[int]] | None
+    ) -> list[list[Written]]:
+        """For each view one greedy caption (seeds None), or one sampled caption for each of its seeds, of which every
+        view has as many.
+        """
         ...
 
     def close(self) -> None:
@@ -69,14 +73,19 @@ class CaptionPlan:
         candidates: sampled captions of the whole video.
         frames: frames of the whole and of each clip.
         seed: of the run.
+        together: videos that go through the captioner in one call. How many decides the last bits of a model's numbers,
+            so it belongs to the settings, and a group that was stopped is made again as a whole.
     """
 
     instruction: str = VIDEO_PROMPT
     candidates: int = 8
     frames: FramePolicy = FramePolicy(fps=0.5)  # noqa: RUF009 - frozen
     seed: int = 0
+    together: int = 1
 
     def __post_init__(self) -> None:
+        if self.together < 1:
+            raise ValueError(f"videos_together is {self.together}; it has to be at least 1")
         if self.candidates < 2:
             raise ValueError(f"candidates is {self.candidates}; a pair needs at least 2")
         if not self.instruction.strip():
@@ -156,77 +165,118 @@ def captioned(
 ) -> Iterator[tuple[VideoItem, Record | Failure]]:
     """Each video's record, in order, from the store or made now; or why there is none, which a later run tries again.
 
-    One video more than the captioner takes at once is decoded ahead.
+    One group of videos more than the captioner takes at once is decoded ahead.
     """
     turn = Semaphore(captioner.parallel)
 
     workers = captioner.parallel + 1
-    waiting: list[tuple[VideoItem, Future[Record | Failure]]] = []
+    waiting: list[tuple[Sequence[VideoItem], Future[list[Record | Failure]]]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="synpo-captions") as pool:
         try:
-            for item in items:
-                waiting.append((item, pool.submit(caption_item, item, captioner, plan, store, turn)))
+            for first in range(0, len(items), plan.together):
+                group = items[first : first + plan.together]
+                waiting.append((group, pool.submit(caption_group, group, captioner, plan, store, turn)))
                 if len(waiting) > workers:
-                    first, done = waiting.pop(0)
-                    yield first, done.result()
+                    group, done = waiting.pop(0)
+                    yield from zip(group, done.result(), strict=True)
             while waiting:
-                first, done = waiting.pop(0)
-                yield first, done.result()
+                group, done = waiting.pop(0)
+                yield from zip(group, done.result(), strict=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def caption_item(
-    item: VideoItem,
+def caption_group(
+    items: Sequence[VideoItem],
     captioner: Captioner,
     plan: CaptionPlan,
     store: CaptionStore,
     turn: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - has no state
-) -> Record | Failure:
-    """A video's record from the store, or made and kept now; or why there is none."""
+) -> list[Record | Failure]:
+    """The records of videos that are captioned together, all from the store, or all made and kept now; or why there is
+    none of one. Where the group's call fails, its videos are tried one by one. `turn` is held while the captioner
+    works.
+    """
+    found: list[Any] = [_attempt(store.get, item) for item in items]
+    missing = [at for at, record in enumerate(found) if record is None]
+    decoded = {at: _attempt(_decode, items[at], captioner, plan) for at in missing}
+    if any(isinstance(video, Video) for video in decoded.values()):
+        kept = [at for at, record in enumerate(found) if isinstance(record, dict)]
+        decoded |= {at: _attempt(_decode, items[at], captioner, plan) for at in kept}
+    found = [decoded.get(at, record) for at, record in enumerate(found)]
+    places = [at for at, video in enumerate(found) if isinstance(video, Video)]
+    if not places:
+        return found
+
+    def write(group: Sequence[int]) -> list[Record] | Failure:
+        videos = [(items[at], found[at]) for at in group]
+        return _attempt(_caption, videos, captioner, plan, store.folder.parent, turn)
+
+    groups = [places]
+    while groups:
+        group = groups.pop()
+        made = write(group)
+        if isinstance(made, list):
+            for at, record in zip(group, made, strict=True):
+                found[at] = _attempt(store.put, record) or record
+        elif len(group) == 1:
+            found[group[0]] = made
+        else:
+            groups += [[at] for at in group]
+    return found
+
+
+def _attempt(act: Callable[..., Any], *given: Any) -> Any:
+    """What a call returns, or the failure of one video that it raises."""
     try:
-        record = store.get(item)
-        if record is None:
-            record = caption_video(item, captioner, plan, store.folder.parent, turn)
-            store.put(record)
+        return act(*given)
     except (VideoError, UnusableFrames, OSError, NoAnswer) as error:
         return error
-    return record
 
 
-def caption_video(
-    item: VideoItem, captioner: Captioner, plan: CaptionPlan, out: Path, turn: AbstractContextManager[Any]
-) -> Record:
-    """Decode a video once and write everything about it. `turn` is held while the captioner works.
+def _decode(item: VideoItem, captioner: Captioner, plan: CaptionPlan) -> Video:
+    return decode(item.path, plan.frames, clips=clip_bounds, section=item.section, each=captioner.shrink)
 
-    Returns: name, path, section, bytes, sha256, duration (s), times (s) of the frames, damaged (packets),
+
+def _caption(
+    videos: Sequence[tuple[VideoItem, Video]],
+    captioner: Captioner,
+    plan: CaptionPlan,
+    out: Path,
+    turn: AbstractContextManager[Any],
+) -> list[Record]:
+    """Everything about decoded videos, written in one go.
+
+    Each: name, path, section, bytes, sha256, duration (s), times (s) of the frames, damaged (packets),
     clips [{start, end, draft, caption}], candidates [{seed, draft, caption}], and for a section of a file `images`:
     its frames under `out`, since pairs refer to whole files only.
 
-    Errors: VideoError for a file that cannot be read as a video; UnusableFrames; what the captioner raises.
+    Errors: UnusableFrames; what the captioner raises.
     """
-    video = decode(item.path, plan.frames, clips=clip_bounds, section=item.section, each=captioner.shrink)
-    digest, size = _content(item.path)
-    seeds = [seed_of(plan.seed, item.name, index) for index in range(plan.candidates)]
+    contents = [_content(item.path) for item, _ in videos]
+    seeds = [[seed_of(plan.seed, item.name, index) for index in range(plan.candidates)] for item, _ in videos]
     with turn:
-        told = captioner(video.clips, CERTAIN, None)
-        [written] = captioner([video.whole], plan.instruction, seeds)
-    return {
-        "name": item.name,
-        "path": str(item.path.resolve()),
-        "section": item.section and list(item.section),
-        "bytes": size,
-        "sha256": digest,
-        "duration": round(video.duration, 6),
-        "times": [round(float(time), 6) for time in video.times],
-        "damaged": video.damaged,
-        "clips": [
-            {"start": round(view.start, 6), "end": round(view.end, 6), **text._asdict()}
-            for view, [text] in zip(video.clips, told, strict=True)
-        ],
-        "candidates": [{"seed": seed, **text._asdict()} for seed, text in zip(seeds, written, strict=True)],
-        "images": None if item.section is None else _save_frames(video, item.name, out),
-    }
+        told = iter(captioner([clip for _, video in videos for clip in video.clips], CERTAIN, None))
+        written = captioner([video.whole for _, video in videos], plan.instruction, seeds)
+    return [
+        {
+            "name": item.name,
+            "path": str(item.path.resolve()),
+            "section": item.section and list(item.section),
+            "bytes": size,
+            "sha256": digest,
+            "duration": round(video.duration, 6),
+            "times": [round(float(time), 6) for time in video.times],
+            "damaged": video.damaged,
+            "clips": [
+                {"start": round(view.start, 6), "end": round(view.end, 6), **next(told)[0]._asdict()}
+                for view in video.clips
+            ],
+            "candidates": [{"seed": seed, **text._asdict()} for seed, text in zip(drawn, texts, strict=True)],
+            "images": None if item.section is None else _save_frames(video, item.name, out),
+        }
+        for (item, video), (digest, size), drawn, texts in zip(videos, contents, seeds, written, strict=True)
+    ]
 
 
 def seed_of(seed: int, *place: str | int) -> int:

@@ -30,6 +30,7 @@ class PairsConfig:
     captioner_options: str = option("{}", "JSON object of fields merged into each request of the captioner.")
     captioner_parallel: int = option(4, "Videos that are captioned at once, at a server.")
     dtype: str | None = option(None, "A local captioner's weights: float32, bfloat16, float16, auto.")
+    videos_together: int = option(1, "Videos that a local captioner takes at once; fills up a GPU, or a tiny model.")
     ray: int = option(0, "Caption with so many workers over a Ray cluster (RAY_ADDRESS), else on this machine.")
     ray_cpus: float = option(1.0, "CPUs that each worker takes.")
     ray_gpus: float = option(0.0, "GPUs that each worker takes.")
@@ -82,6 +83,9 @@ class PairsConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; a JSON object is needed") from None
         if self.ray and self.captioner_url:
             raise ValueError("ray and captioner_url: a server has its own workers; give one of the two")
+        if self.videos_together != 1 and (self.ray or self.captioner_url):
+            name = "ray" if self.ray else "captioner_url"
+            raise ValueError(f"videos_together and {name}: it is for a captioner in this process; leave one out")
         if self.max_videos is not None and self.max_videos < 1:
             raise ValueError(f"max_videos is {self.max_videos}; it has to be at least 1")
 
@@ -149,7 +153,7 @@ def _build(config: PairsConfig) -> int:
         logger.warning("%d videos of the list are not in %s: %s", len(videos.missing), folder, shown)
     fps = 0.5 if config.fps is None and config.num_frames is None else config.fps
     frames = FramePolicy(config.num_frames, fps, config.min_frames, config.max_frames)
-    plan = CaptionPlan(config.instruction, config.candidates, frames, config.seed)
+    plan = CaptionPlan(config.instruction, config.candidates, frames, config.seed, config.videos_together)
     weights = Weights(config.weight_factuality, config.weight_fluency, config.weight_consistency)
     rule = PairRule(weights, config.min_score_gap, config.balance_length)
     with ExitStack() as stack:

@@ -36,15 +36,17 @@ class LocalCaptioner:
         """A captioner by name; see synpo.caption.load."""
         return cls(load_captioner(name, dtype), settings_of(name, dtype, sampling, max_side), sampling, max_side)
 
-    def __call__(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
+    def __call__(
+        self, views: Sequence[View], instruction: str, seeds: Sequence[Sequence[int]] | None
+    ) -> list[list[Written]]:
         """As synpo.pairs.captioning.Captioner."""
         greedy = seeds is None
         captions = self._captioner.captions(
             views,
             instruction,
             sampling=replace(self._sampling, **_GREEDY) if greedy else self._sampling,
-            candidates=1 if seeds is None else len(seeds),
-            seeds=[0] * len(views) if seeds is None else list(seeds) * len(views),
+            candidates=1 if seeds is None else len(seeds[0]),
+            seeds=[0] * len(views) if seeds is None else [seed for own in seeds for seed in own],
             contrast=None,
         )
         return [[_written(caption) for caption in of_view] for of_view in captions]

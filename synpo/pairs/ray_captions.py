@@ -7,7 +7,7 @@ one machine does, which all machines have to share, and with the same texts: a t
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .captioning import Captioner, CaptionPlan, CaptionStore, Failure, Record, caption_item
+from .captioning import Captioner, CaptionPlan, CaptionStore, Failure, Record, caption_group
 from .video_lists import VideoItem
 
 
@@ -18,7 +18,7 @@ class _Worker:
         self._captioner, self._plan, self._store = make(), plan, store
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result = caption_item(row["item"], self._captioner, self._plan, self._store)
+        [result] = caption_group([row["item"]], self._captioner, self._plan, self._store)
         return {"position": row["position"], "failure": None if isinstance(result, dict) else str(result)}
 
 

@@ -53,19 +53,24 @@ class ServerCaptioner:
             "max_new_tokens": sampling.max_new_tokens,
         }
 
-    def __call__(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
+    def __call__(
+        self, views: Sequence[View], instruction: str, seeds: Sequence[Sequence[int]] | None
+    ) -> list[list[Written]]:
         """As synpo.pairs.captioning.Captioner. Raises: ServerError, when no request would work."""
         return self._background.run(self._write(views, instruction, seeds))
 
     def close(self) -> None:
         self._background.run(self.client.close())
 
-    async def _write(self, views: Sequence[View], instruction: str, seeds: Sequence[int] | None) -> list[list[Written]]:
-        async def of_view(view: View) -> list[Written]:
+    async def _write(
+        self, views: Sequence[View], instruction: str, seeds: Sequence[Sequence[int]] | None
+    ) -> list[list[Written]]:
+        async def of_view(view: View, own: Sequence[int | None]) -> list[Written]:
             images = _images(view)
-            return await asyncio.gather(*(self._twice(images, instruction, seed) for seed in seeds or [None]))
+            return await asyncio.gather(*(self._twice(images, instruction, seed) for seed in own))
 
-        return await asyncio.gather(*(of_view(view) for view in views))
+        each = [[None]] * len(views) if seeds is None else seeds
+        return await asyncio.gather(*(of_view(view, own) for view, own in zip(views, each, strict=True)))
 
     async def _twice(self, images: list[dict[str, Any]], instruction: str, seed: int | None) -> Written:
         draft = await self._text(images, instruction, seed)

@@ -46,8 +46,9 @@ class FakeCaptioner:
 
     def __call__(self, views, instruction, seeds):
         self.calls += 1
+        each = [[None]] * len(views) if seeds is None else seeds
         return [
-            [self._write(view, instruction, seed) for seed in ([None] if seeds is None else seeds)] for view in views
+            [self._write(view, instruction, seed) for seed in own] for view, own in zip(views, each, strict=True)
         ]
 
     def close(self):

@@ -1,15 +1,18 @@
 """From videos to pairs, through a judge on the loopback."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from synpo.caption import UnusableFrames
 from synpo.judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, ServerError, Spending, Weights
 from synpo.pairs import check_pairs, load_pairs
 from synpo.pairs.build import PairRule, build_pairs
-from synpo.pairs.captioning import CaptionPlan
+from synpo.pairs.captioning import CaptionPlan, CaptionStore
 from synpo.pairs.outputs import only_writer
 from synpo.pairs.video_lists import VideoItem, VideoList, folder_videos
+from synpo.video import decode
 from tests.judge.loopback import CRITERIA, completion, judged, read_question, serving, true_score
 
 from .making import PLAN, FakeCaptioner, make_video, make_videos
@@ -174,7 +177,7 @@ def test_what_gives_no_pair_is_counted_and_named(folder, tmp_path):
         def __call__(self, views, instruction, given):
             start = float(views[0].images[0][0, 0, 0])
             seeds["quiet"] = given is None and 5 < start < 12  # 1.mp4: no clip caption
-            seeds["mute"] = given[1:] if given and 12 <= start < 19 else ()  # 2.mp4: one candidate
+            seeds["mute"] = given[0][1:] if given and 12 <= start < 19 else ()  # 2.mp4: one candidate
             return super().__call__(views, instruction, given)
 
     judge = OracleJudge(lambda question: [len(text) % 4 for text in question.captions])
@@ -298,3 +301,38 @@ def test_bad_plans():
             CaptionPlan(**options)
     with pytest.raises(ValueError, match="the weight of fluency"):
         PairRule(Weights(fluency=-1))
+
+
+def test_videos_captioned_together_give_the_same_pairs_and_fail_alone(built, folder, tmp_path):
+    """Groups of four: the broken video is decoded in vain, another one spoils its group's call."""
+    videos = tmp_path / "videos"
+    make_videos(videos, VIDEOS)
+    (videos / "video02 broken.mp4").write_bytes(b"no video")
+    unfit = make_video(videos / "zz.mp4", 99)
+    spoiled = decode(unfit, PLAN.frames).whole.images[0].tobytes()
+
+    class Picky(FakeCaptioner):
+        def __call__(self, views, instruction, seeds):
+            if any(view.images[0].tobytes() == spoiled for view in views):
+                raise UnusableFrames("frames of this size")
+            return super().__call__(views, instruction, seeds)
+
+    def oracle(question):
+        return [true_score(question.criterion, text) for text in question.captions]
+
+    captioner = Picky()
+    result = build(videos, tmp_path / "out", OracleJudge(oracle), captioner, plan=replace(PLAN, together=4))
+    lost = result.statistics.lost["failed"].first
+    assert [line.partition(":")[0] for line in lost] == ["video02 broken.mp4", "zz.mp4"]
+    assert captioner.calls == 2 + 2 * 3  # the first group at once; of the second each good video alone
+    expected = {row["provenance"]["video"]["name"]: row["chosen"] for row in rows(built[0])}
+    assert {row["provenance"]["video"]["name"]: row["chosen"] for row in rows(tmp_path / "out")} == expected
+
+    stopped = CaptionStore(
+        tmp_path / "out" / "captions", json.loads((tmp_path / "out/captions/settings.json").read_text())
+    )
+    items = folder_videos(videos).items
+    stopped.file(items[1].name).unlink()
+    again = FakeCaptioner()
+    build(videos, tmp_path / "out", OracleJudge(oracle), again, VideoList(items[:4]), replace(PLAN, together=4))
+    assert again.calls == 2  # the whole group, as before

@@ -41,7 +41,7 @@ def test_requests_to_a_server_that_takes_images():
         eyes = captioner(server, background, max_side=45)
         told = eyes(views, "Describe.", None)
         first = server.requests[0]
-        sampled = eyes(views[:1], "Describe.", [7, 8])
+        sampled = eyes(views[:1], "Describe.", [[7, 8]])
         bodies = server.requests
         eyes.close()
     assert [len(texts) for texts in told] == [1, 1]
@@ -65,7 +65,7 @@ def test_refusals_and_empty_answers_are_no_captions():
     view = View(0.0, 1.0, np.array([0.0]), (np.zeros((8, 8, 3), np.uint8),))
     with serving(lambda *_: next(replies)) as server, Background() as background:
         eyes = captioner(server, background)
-        found = [eyes([view], f"Describe {number}.", [1])[0][0] for number in range(3)]
+        found = [eyes([view], f"Describe {number}.", [[1]])[0][0] for number in range(3)]
         eyes.close()
     assert found == [Written(None, None), Written(None, None), Written("A cat.", None)]
 
