@@ -1,6 +1,7 @@
-"""`synpo report`: the curves of one or more runs, drawn from their metrics.jsonl."""
+"""`synpo report`: one or more runs as a page and as curves, from their metrics.jsonl and what lies beside it."""
 
 import argparse
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,28 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from .run_files import read_json_lines
+from .report_page import page
+from .report_samples import read_files, samples
+from .run_files import read_json_lines, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
-# Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CURVES_FILE, PAGE_FILE = "curves.png", "report.html"
 STYLES = ("-", "--", ":")
+
+
+class Scheme(NamedTuple):
+    """Colours of a figure: its ground, what is written on it, and lines."""
+
+    paper: str
+    ink: str
+    lines: tuple[str, ...]
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; on dark ground the lighter of them first
+SCHEMES = {
+    "light": Scheme("white", "black", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")),
+    "dark": Scheme("#16181c", "#e6e6e6", ("#56B4E9", "#E69F00", "#2BC79A", "#CC79A7", "#F0E442", "#D55E00", "#e6e6e6")),
+}
 
 
 class Panel(NamedTuple):
@@ -99,11 +115,11 @@ def smooth(series: Series) -> Series:
     return out
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run], scheme: Scheme) -> None:
     for r, run in enumerate(runs):
         for m, name in enumerate(panel.metrics):
             # one run: colours tell the metrics apart; several: colours are the runs, and dashes the metrics
-            colour = COLOURS[(m if len(runs) == 1 else r) % len(COLOURS)]
+            colour = scheme.lines[(m if len(runs) == 1 else r) % len(scheme.lines)]
             style = STYLES[m % len(STYLES)]
             if series := run.training.get(name):
                 marker = "." if len(series) == 1 else None
@@ -111,7 +127,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
                 if len(series) >= 40:
                     axes.plot(*zip(*series, strict=True), style, color=colour, linewidth=0.6, alpha=0.3)
             if series := run.held_out.get(name):
-                face, edge = (colour, "black") if m == 0 else ("white", colour)
+                face, edge = (colour, scheme.ink) if m == 0 else (scheme.paper, colour)
                 axes.plot(
                     *zip(*sorted(series), strict=True),
                     "o",
@@ -130,49 +146,80 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(panel.metrics) > 1:
         keys = [
-            Line2D([], [], color=COLOURS[m] if len(runs) == 1 else "0.3", linestyle=STYLES[m], label=text)
+            Line2D([], [], color=scheme.lines[m] if len(runs) == 1 else "0.5", linestyle=STYLES[m], label=text)
             for m, text in enumerate(panel.metrics.values())
         ]
         axes.legend(handles=keys, fontsize=8, framealpha=0.7)
 
 
-def draw_curves(runs: Sequence[Run], file: Path) -> None:
-    """Writes the panels of which a run has data as one PNG; training as lines, held-out pairs as circles."""
+def curves_png(runs: Sequence[Run], scheme: Scheme = SCHEMES["light"]) -> bytes:
+    """The panels of which a run has data as one PNG; training as lines, held-out pairs as circles."""
     present = {name for run in runs for name in (*run.training, *run.held_out)}
     panels = [panel for panel in PANELS if present & panel.metrics.keys()]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     size = (4.2 * columns, 3.0 * rows + 0.5)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, panel, runs)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    figure.supxlabel("optimizer step", fontsize=9)
-    keys = []
-    if len(runs) > 1:
-        keys = [Line2D([], [], color=COLOURS[r % len(COLOURS)], label=run.label) for r, run in enumerate(runs)]
-    if any(run.held_out for run in runs):
-        keys.append(Line2D([], [], linestyle="", marker="o", color="0.4", label="held-out pairs"))
-    if keys:
-        figure.legend(handles=keys, loc="outside upper center", ncols=min(len(keys), 5), fontsize=9, frameon=False)
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), scheme.ink)
+    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), scheme.paper)
+    with plt.rc_context(ink | paper):
+        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, runs, scheme)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("optimizer step", fontsize=9)
+        keys = []
+        if len(runs) > 1:
+            colours = scheme.lines
+            keys = [Line2D([], [], color=colours[r % len(colours)], label=run.label) for r, run in enumerate(runs)]
+        if any(run.held_out for run in runs):
+            keys.append(Line2D([], [], linestyle="", marker="o", color="0.5", label="held-out pairs"))
+        if keys:
+            figure.legend(handles=keys, loc="outside upper center", ncols=min(len(keys), 5), fontsize=9, frameon=False)
+        stream = io.BytesIO()
+        figure.savefig(stream, dpi=130, format="png")
+        plt.close(figure)
+    return stream.getvalue()
+
+
+def draw_curves(runs: Sequence[Run], file: Path) -> None:
+    """Writes the curves as a PNG file."""
+    _write_png(file, curves_png(runs))
+
+
+def _write_png(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=130)
-    plt.close(figure)
+    partial.write_bytes(content)
     os.replace(partial, file)
 
 
+def held_out_values(runs: Sequence[Run]) -> dict[str, list[tuple[float, float] | None]]:
+    """Metric: for each run its first and last finite value on held-out pairs; None where it has not two."""
+    found: dict[str, list[tuple[float, float] | None]] = {}
+    for name in dict.fromkeys(name for panel in PANELS for name in panel.metrics):
+        values = [[v for _, v in sorted(run.held_out.get(name, ())) if math.isfinite(v)] for run in runs]
+        if any(len(series) > 1 for series in values):
+            found[name] = [(series[0], series[-1]) if len(series) > 1 else None for series in values]
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The runs, and where the curves go."""
+    """The runs, and where the report goes."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run, or its metrics.jsonl")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where curves.png goes (default: here)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help=f"for {CURVES_FILE} and {PAGE_FILE} (default: here)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw the runs over one another."""
-    runs = [read_run(path, label) for path, label in zip(args.runs, labels(args.runs), strict=True)]
-    file = args.out / CURVES_FILE
-    draw_curves(runs, file)
-    print(file)
+    """Draw the runs over one another, and write the page."""
+    names = labels(args.runs)
+    runs = [read_run(path, name) for path, name in zip(args.runs, names, strict=True)]
+    files = [read_files(path, name) for path, name in zip(args.runs, names, strict=True)]
+    curves = {name: curves_png(runs, scheme) for name, scheme in SCHEMES.items()}
+    _write_png(args.out / CURVES_FILE, curves["light"])
+    write_atomically(args.out / PAGE_FILE, page(files, held_out_values(runs), curves, samples(files)))
+    print(args.out / CURVES_FILE)
+    print(args.out / PAGE_FILE)
     return 0

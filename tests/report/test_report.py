@@ -103,17 +103,18 @@ def test_the_command_draws_every_run_of_every_panel(tmp_path, drawn, capsys):
     folders = [write(tmp_path / name, records(60)) for name in ("one", "two")]
     assert cli.main(["report", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
     file = tmp_path / "out" / report.CURVES_FILE
-    assert capsys.readouterr().out.strip() == str(file)
+    assert capsys.readouterr().out.split() == [str(file), str(tmp_path / "out" / report.PAGE_FILE)]
     image = matplotlib.image.imread(file)
     assert min(image.shape[:2]) > 300
     assert image.std() > 0.05
 
-    (figure,) = drawn
+    figure, dark = drawn
+    assert figure.get_facecolor() != dark.get_facecolor()
     axes = {a.get_title(): a for a in figure.axes if a.get_visible()}
     assert axes.keys() == {"log-prob per token", "share of the gradient", "loss"}  # what the runs have
     lines = axes["log-prob per token"].get_lines()
     assert len(lines) == 2 * (2 * 2 + 1)  # per run: two metrics, each smooth and raw, and the held-out points
-    assert {line.get_color() for line in axes["loss"].get_lines()} == set(report.COLOURS[:2])
+    assert {line.get_color() for line in axes["loss"].get_lines()} == set(report.SCHEMES["light"].lines[:2])
     held_out = next(line for line in lines if line.get_marker() == "o")
     assert np.array_equal(held_out.get_xydata(), [[0, -2.5], [60, -1.5]])
     (legend,) = figure.legends
