@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from . import measure, report
-from .cases import CASES, DEFAULT, OPS
+from .cases import CASES, DEFAULT, OPS, SWEEPS
 from .implementations import IMPLEMENTATIONS
 from .measure import DTYPES, HEADS, PHASES, Result, Spec
 
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--case", nargs="+", choices=CASES, help="named shapes; default: this device's")
+    p.add_argument("--sweep", nargs="+", choices=SWEEPS, help="axes to walk along from this device's middle")
     p.add_argument(
         "--impl",
         nargs="+",
@@ -62,13 +63,15 @@ def plan(args: argparse.Namespace) -> list[Spec]:
     """
     specs = []
     dtypes = args.dtype or (["fp32", "bf16"] if args.device == "cpu" else ["bf16"])
-    for case in args.case or DEFAULT[args.device]:
+    points = [(case.name, n) for axis in args.sweep or () for case, n in SWEEPS[axis][args.device]]
+    for case in args.case or ([] if args.sweep else DEFAULT[args.device]):
         counts = args.n or (CASES[case].cpu_n if args.device == "cpu" else CASES[case].gpu_n)
-        for n, dtype, op in itertools.product(counts, dtypes, args.op):
-            if OPS[op] is not None:
-                CASES[case].pairs(n)
-            for head, phase, name in itertools.product(args.head, args.phase, args.impl):
-                specs.append(Spec(op, name, case, dtype, n, head, phase, args.device, args.rounds, args.budget))
+        points += [(case, n) for n in counts]
+    for (case, n), dtype, op in itertools.product(dict.fromkeys(points), dtypes, args.op):
+        if OPS[op] is not None:
+            CASES[case].pairs(n)
+        for head, phase, name in itertools.product(args.head, args.phase, args.impl):
+            specs.append(Spec(op, name, case, dtype, n, head, phase, args.device, args.rounds, args.budget))
     return specs
 
 

@@ -32,7 +32,10 @@ def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | N
     """trl's chunked log-probs, as its trainers call them on the valid tokens."""
     from trl.kernels import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, _TRL_CHUNK, softcap, 1.0, ())[0]
+    scored = (labels != -100).nonzero()[:, 0]
+    rows, targets = hidden[scored], labels[scored]
+    logps = ChunkedLogProbFunction.apply(rows, weight, None, targets, 1.0, _TRL_CHUNK, softcap, 1.0, ())[0]
+    return logps.new_zeros(len(labels)).index_copy(0, scored, logps)
 
 
 def quack_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -144,9 +144,8 @@ def head_loss(loss: str, hidden: Tensor, head: nn.Linear, batch: _Batch, referen
         return _liger_synpo().apply(hidden, head.weight, batch.labels)[0]
     flat = hidden.flatten(0, 1)
     if loss == "naive":
-        return pair_loss("synpo_loss", naive_logps(flat, head.weight, batch.labels.flatten(), None), batch.cu_seqlens)[
-            0
-        ]
+        logps = naive_logps(flat, head.weight, batch.labels.flatten(), None)
+        return pair_loss("synpo_loss", logps, batch.labels, batch.cu_seqlens)[0]
     assert reference is not None
     margins = (_trl_logps(flat, head, batch).view(len(hidden), -1).sum(1) - reference).chunk(2)
     return -nn.functional.logsigmoid(DPO_BETA * (margins[0] - margins[1])).mean()
@@ -164,7 +163,7 @@ def _step(model: nn.Module, loss: str, batch: _Batch) -> Tensor:
     if loss == "naive":  # what a trainer that asks the model for logits holds: every position's
         logits = causal(input_ids=batch.ids).logits[:, batch.first : -1].float()
         logps = logits.log_softmax(-1).gather(-1, batch.labels[..., None]).flatten()
-        return pair_loss("synpo_loss", logps, batch.cu_seqlens)[0]
+        return pair_loss("synpo_loss", logps, batch.labels, batch.cu_seqlens)[0]
     reference = None
     if loss == "trl-dpo":
         with torch.no_grad(), model.disable_adapter():

@@ -23,20 +23,21 @@ from .gpu_peers import hopper_only, liger_cute_logps, quack_cross_entropy, trl_l
 
 ALPHA, BETA = 30.0, 0.2  # SynPO
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.5
+IGNORED = -100  # the label of a position that is not scored
 _CHUNK_ROWS = 256
 
 Logps = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 Pair = Callable[[str, Tensor, Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 
-def pair_loss(op: str, logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss over pairs of answers of equal length, and the answers' mean log-probs (2B,)."""
-    logps = logps.view(cu_seqlens.shape[0] - 1, -1)
-    means = logps.mean(1)
+def pair_loss(op: str, logps: Tensor, labels: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss over pairs of rows of equal length, and the answers' mean log-probs (2B,)."""
+    logps, valid = (x.view(cu_seqlens.shape[0] - 1, -1) for x in (logps, labels != IGNORED))
+    means = logps.sum(1) / valid.sum(1)
     chosen, rejected = means.chunk(2)
     if op == "simpo_loss":
         return -F.logsigmoid(SIMPO_BETA * (chosen - rejected) - SIMPO_GAMMA).mean(), means
-    language = logps.exp().mean(1).chunk(2)[0]
+    language = (logps.exp() * valid).sum(1).chunk(2)[0] / valid.sum(1).chunk(2)[0]
     return (-torch.sigmoid(ALPHA * (chosen.exp() - rejected.exp())) - BETA * language).mean(), means
 
 
@@ -44,13 +45,14 @@ def naive_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float |
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    valid = labels != IGNORED
+    return logits.float().log_softmax(-1).gather(-1, labels.where(valid, 0)[:, None])[:, 0] * valid
 
 
 def naive_pair(
     op: str, hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    return pair_loss(op, naive_logps(hidden, weight, labels, softcap), cu_seqlens)
+    return pair_loss(op, naive_logps(hidden, weight, labels, softcap), labels, cu_seqlens)
 
 
 @cache
@@ -108,11 +110,13 @@ def _liger_synpo() -> type[torch.autograd.Function]:
     from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase as Base
 
     def chunk_loss(hidden, weight, target, *, full_target, **_):  # type: ignore[no-untyped-def]
-        logps = (hidden @ weight.t()).float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
-        means = logps.mean(1)
+        valid = target != IGNORED
+        logps = (hidden @ weight.t()).float().log_softmax(-1).gather(-1, target.where(valid, 0)[..., None])[..., 0]
+        means = (logps * valid).sum(1) / valid.sum(1)
         chosen, rejected = means.chunk(2)
         rank = -torch.sigmoid(ALPHA * (chosen.exp() - rejected.exp()))
-        loss = (rank - BETA * logps.chunk(2)[0].exp().mean(1)).sum() / (full_target.shape[0] // 2)
+        language = (logps.exp() * valid).sum(1).chunk(2)[0] / valid.sum(1).chunk(2)[0]
+        loss = (rank - BETA * language).sum() / (full_target.shape[0] // 2)
         zero = loss.detach() * 0
         return loss, (chosen, rejected, zero, zero, zero)
 
@@ -204,7 +208,7 @@ class Implementation(NamedTuple):
             logps = self.logps(hidden, weight, labels, softcap)
             if op == "cross_entropy":
                 return -logps.mean(), logps
-            return (logps, logps) if OPS[op] is None else pair_loss(op, logps, cu_seqlens)
+            return (logps, logps) if OPS[op] is None else pair_loss(op, logps, labels, cu_seqlens)
 
         return run
 

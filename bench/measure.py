@@ -143,7 +143,7 @@ def few_tokens(inputs: Inputs) -> Inputs:
     return inputs._replace(
         hidden=inputs.hidden[:answers].clone(),
         weight=inputs.weight[:columns].clone(),
-        labels=inputs.labels[:answers] % columns,
+        labels=inputs.labels[:answers].clamp(0, columns - 1),
         cu_seqlens=torch.arange(answers + 1, device=inputs.labels.device, dtype=torch.int32),
         grad=inputs.grad[:answers],
     )
@@ -176,7 +176,7 @@ def measure(spec: Spec, expected: Expected, limit: float | None = None) -> Resul
     if watch:
         watch.cancel()
     extra_mb = peak.extra_mb()
-    errors = oracle.compare(spec.op, expected, inputs.cu_seqlens, *outputs.pop())
+    errors = oracle.compare(spec.op, expected, *outputs.pop())
     values = {"max_logp_error": errors.max_logp_error}
     if errors.grad_rel_error is not None:
         values["grad_rel_error"] = errors.grad_rel_error

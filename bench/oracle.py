@@ -12,7 +12,7 @@ from torch import Tensor
 from synpo_kernels import objectives, reference
 
 from .cases import OPS, Inputs
-from .implementations import naive_logps
+from .implementations import IGNORED, naive_logps
 
 SUBSET = 32  # rows of hidden, and rows of the head beside the targets of those
 _CHUNK_BYTES = 256 << 20  # of float64 logits at once
@@ -21,7 +21,8 @@ _CHUNK_BYTES = 256 << 20  # of float64 logits at once
 class Expected(NamedTuple):
     """float64, but for the two index tensors."""
 
-    logps: Tensor  # (N,)
+    logps: Tensor  # (N,), 0 where the label is ignored
+    means: Tensor  # (2B,) of the answers' log-probs
     largest_logit: Tensor  # () max |z_y|, the size that rounding of logits is relative to
     rows: Tensor  # (R,) int64 rows of hidden
     grad_hidden: Tensor  # (R, H)
@@ -31,7 +32,10 @@ class Expected(NamedTuple):
 
 
 def expect(op: str, inputs: Inputs) -> Expected:
-    hidden, weight, labels, cu_seqlens, grad, softcap = inputs
+    weight, softcap = inputs.weight, inputs.softcap
+    scored = (inputs.labels != IGNORED).nonzero()[:, 0]
+    hidden, labels, grad = inputs.hidden[scored], inputs.labels[scored], inputs.grad[scored]
+    cu_seqlens = torch.searchsorted(scored, inputs.cu_seqlens.long())  # of the scored positions alone
     n, columns = len(labels), len(weight)
     head = weight.double()
     logps = torch.cat([
@@ -60,7 +64,9 @@ def expect(op: str, inputs: Inputs) -> Expected:
     # d l_t / d z_tv = [v = y_t] - p_tv: a sum whose gradient in the chosen rows of the head is the loss's.
     (coefficients[:, None] * (hits - probabilities) * z).sum().backward()
     assert part.grad is not None
-    return Expected(logps, z_y.abs().max(), rows, leaf.grad, chosen, part.grad, naive_error)
+    means = objectives.segment_sums(logps, cu_seqlens) / cu_seqlens.diff().double()
+    everywhere = logps.new_zeros(len(inputs.labels)).index_copy(0, scored, logps)
+    return Expected(everywhere, means, z_y.abs().max(), scored[rows], leaf.grad, chosen, part.grad, naive_error)
 
 
 def _cap(raw: Tensor, softcap: float | None) -> Tensor:
@@ -85,11 +91,9 @@ class Errors(NamedTuple):
     grad_rel_error: float | None  # relative Frobenius norm, the larger of hidden's and the head's; None for a forward
 
 
-def compare(op: str, expected: Expected, cu_seqlens: Tensor, logps: Tensor, gradients: tuple[Tensor, ...]) -> Errors:
-    want = expected.logps
-    if OPS[op] is not None:
-        want = objectives.segment_sums(want, cu_seqlens) / cu_seqlens.diff().double()
-    elif op == "cross_entropy" and len(logps) == 1:  # what a scalar loss tells of the log-probs is their mean
+def compare(op: str, expected: Expected, logps: Tensor, gradients: tuple[Tensor, ...]) -> Errors:
+    want = expected.logps if OPS[op] is None else expected.means
+    if op == "cross_entropy" and len(logps) == 1:  # what a scalar loss tells of the log-probs is their mean
         want = want.mean()[None]
     error = (logps.double() - want).abs().max().item()
     if not gradients:

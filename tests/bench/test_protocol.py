@@ -20,10 +20,13 @@ NEED_A_GPU = ("cut-cross-entropy-exact", "liger-cute", "quack", "trl-chunked")
 TINY = Case("tiny", H=24, V=200, cpu_n=(12,), gpu_n=(12,), pair_tokens=6)
 TINY_CAPPED = dataclasses.replace(TINY, name="tiny-capped", softcap=6.0)  # logits reach 16: the cap bends them
 
+# Rows of 6 positions, 2 of them prompt; the rejected answer has 2 of the other 4.
+TINY_RAGGED = dataclasses.replace(TINY, name="tiny-ragged", pair_tokens=12, masked=0.34, rejected=0.5)
+
 
 @pytest.fixture(autouse=True)
 def _tiny_cases(monkeypatch):
-    for case in (TINY, TINY_CAPPED):
+    for case in (TINY, TINY_CAPPED, TINY_RAGGED):
         monkeypatch.setitem(cases.CASES, case.name, case)
 
 
@@ -36,7 +39,7 @@ def expected_for(s: Spec) -> oracle.Expected:
     return oracle.expect(s.op, cases.make_inputs(cases.CASES[s.case], s.N, measure.DTYPES[s.dtype], CPU))
 
 
-@pytest.mark.parametrize("case", ["tiny", "tiny-capped"])
+@pytest.mark.parametrize("case", ["tiny", "tiny-capped", "tiny-ragged"])
 @pytest.mark.parametrize("op", cases.OPS)
 def test_oracle_equals_the_reference_differentiated_whole(op, case):
     """The oracle takes gradients row by row and column by column; autograd through all of the reference must agree."""
@@ -46,13 +49,28 @@ def test_oracle_equals_the_reference_differentiated_whole(op, case):
     if op == "linear_logps":
         reference.linear_logps(hidden, weight, inputs.labels, softcap=inputs.softcap).backward(inputs.grad.double())
     elif op == "cross_entropy":
-        reference.linear_logps(hidden, weight, inputs.labels, softcap=inputs.softcap).mean().neg().backward()
+        scored = inputs.labels != -100
+        reference.linear_logps(hidden, weight, inputs.labels, softcap=inputs.softcap)[scored].mean().neg().backward()
     else:
         reference.preference_loss(
             cases.OPS[op], hidden, weight, inputs.labels, cu_seqlens=inputs.cu_seqlens, softcap=inputs.softcap
         ).backward()
     torch.testing.assert_close(expected.grad_hidden, hidden.grad[expected.rows], rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(expected.grad_weight, weight.grad[expected.columns], rtol=1e-10, atol=1e-13)
+
+
+def test_a_ragged_case_ignores_prompts_and_padding():
+    labels = cases.make_inputs(TINY_RAGGED, 12, torch.float32, CPU).labels.view(2, 6)
+    assert (labels != -100).tolist() == [[False] * 2 + [True] * 4, [False] * 2 + [True] * 2 + [False] * 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_sweep_has_points_that_split_into_pairs(device):
+    for axis in cases.SWEEPS.values():
+        assert len({(case, n) for case, n in axis[device]}) == len(axis[device]) >= 4
+        for case, n in axis[device]:
+            assert cases.CASES[case.name] == case
+            case.pairs(n)
 
 
 def test_targets_of_a_case_are_neither_certain_nor_hopeless():
@@ -63,10 +81,12 @@ def test_targets_of_a_case_are_neither_certain_nor_hopeless():
 # Loading torch's compiler warns about torch's own use of torch.jit (2.13).
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("head", measure.HEADS)
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize(
+    ("op", "case"), [*((op, "tiny") for op in cases.OPS), ("synpo_loss", "tiny-ragged"), ("simpo_loss", "tiny-ragged")]
+)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_implementations_agree_with_the_oracle_or_say_why_not(name, op, head):
-    s = spec(implementation=name, op=op, head=head)
+def test_implementations_agree_with_the_oracle_or_say_why_not(name, op, case, head):
+    s = spec(implementation=name, op=op, head=head, case=case)
     reason = IMPLEMENTATIONS[name].cannot(op, TINY, CPU)
     if reason:
         assert name in NEED_A_GPU or (name, OPS[op]) == ("liger", None)
