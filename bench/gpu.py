@@ -46,7 +46,7 @@ PROFILER = (
     "--section", "WarpStateStats", "--section", "Occupancy",
 )  # fmt: skip
 PROFILER_SECONDS = 90
-DECODING = tuple(itertools.product((8, 1, 64), (151_936, 32_000)))  # rows of each view, V
+DECODING = tuple(itertools.product((64, 8, 1), (151_936, 32_000)))  # rows of each view, V; the goal's first
 
 
 class Run:
@@ -344,9 +344,10 @@ def run_decoding(run: Run) -> bool:
         if run.left() < 20:
             run.say("the time is up; the same command goes on with the rest")
             break
-        sizes = ("--batch", str(batch), "--vocabulary", str(vocabulary), "--law", "release", "greedy")
+        sizes = ("--batch", str(batch), "--vocabulary", str(vocabulary))
+        laws = ("--law", "top-k, top-p", "release", "greedy")
         where = ("--dtype", "bf16", "--device", run.device, "--out", str(path))
-        command = [sys.executable, "-m", "bench.contrastive", *sizes, *where]
+        command = [sys.executable, "-m", "bench.contrastive", *sizes, *laws, *where]
         passed &= _watch(run, f"contrastive-{batch}-{vocabulary}.log", command, run.left())
     return passed
 
