@@ -3,6 +3,8 @@ table.
 
     python -m bench                                       the default cases of this device
     python -m bench --case llama3-8b --dtype bf16 --impl naive ours
+    python -m bench --sweep masked --dtype fp32 --impl naive ours
+    python -m bench --base HEAD~1 --dtype fp32            our kernels here and at another commit, side by side
     python -m bench --report                              measure nothing: table and plot of what is recorded
 
 Every row is a fresh process; a mismatch with the float64 oracle is recorded and not timed; what cannot run here is
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import measure, report
+from . import compare, measure, report
 from .cases import CASES, DEFAULT, OPS, SWEEPS
 from .implementations import IMPLEMENTATIONS
 from .measure import DTYPES, HEADS, PHASES, Result, Spec
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, help="CSV; default bench/results/<device>.csv")
     p.add_argument("--plot", type=Path, help="PNG to draw from the CSV")
+    p.add_argument("--base", metavar="REF", help="measure ours here and at this commit, in turns; nothing is recorded")
     p.add_argument("--report", action="store_true", help="measure nothing: table and plot of what --out holds")
     return p
 
@@ -103,6 +106,10 @@ def main(argv: list[str] | None = None) -> int:
             specs = plan(args)
         except ValueError as error:
             p.error(str(error))
+        if args.base:
+            table, good = compare.compare(specs, args.base, args.limit)
+            print(table)
+            return int(not good)
         with tempfile.TemporaryDirectory() as folder, tqdm(specs, unit="row", file=sys.stderr) as bar:
             for spec in bar:
                 bar.set_postfix_str(

@@ -30,6 +30,7 @@ from .implementations import IMPLEMENTATIONS
 from .memory import Peak
 from .oracle import Expected
 
+ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = ("frozen", "trainable")
 PHASES = ("forward", "forward+backward")
@@ -82,10 +83,9 @@ def _slug(text: str) -> str:
 
 def commit() -> str:
     """The commit measured, with "+" where a measured source differs from it; empty outside a git checkout."""
-    root = Path(__file__).parent.parent
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "synpo_kernels", "synpo", "csrc", "bench/*.py")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
@@ -215,12 +215,12 @@ def read_expected(path: Path, device: str) -> Expected:
     return Expected(**load_file(path, device=device))
 
 
-def in_fresh_process(arguments: list[str], limit: float) -> tuple[str, str]:
-    """Run this module; its last line of output and "", or "" and what went wrong. A first full run ends itself after
-    ``limit`` seconds; subprocess.TimeoutExpired where all of it takes twice as long.
+def in_fresh_process(arguments: list[str], limit: float, root: Path = ROOT) -> tuple[str, str]:
+    """Run this module in the tree ``root``; its last line of output and "", or "" and what went wrong. A first full
+    run ends itself after ``limit`` seconds; subprocess.TimeoutExpired where all of it takes twice as long.
     """
     command = [sys.executable, "-m", "bench.measure", *arguments, str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * limit, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * limit, cwd=root)
     if done.returncode:
         return "", (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]
     return done.stdout.strip().splitlines()[-1], ""
