@@ -13,7 +13,7 @@ WHEELS ?=
 MINUTES ?= 8.5
 PART ?=
 
-.PHONY: demo test lint bench sanitize wheel gpu clean
+.PHONY: demo test lint bench docs sanitize wheel gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/synpo demo
@@ -28,6 +28,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
+
+# build/site: the documents as a site; a broken link or anchor fails.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 # The C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: needs a compiler alone.
 sanitize:
@@ -57,6 +61,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e ".[docs]"
 	touch $@
 
 clean:
