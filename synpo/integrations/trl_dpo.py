@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from ..train.model import base_model
 from .pair_loss import AnswerScorer, PairLoss
 from .trl_synpo import SynPOOptions, pair_metrics, refuse_options
+
+try:
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as error:
+    raise ImportError("synpo.integrations.trl_dpo needs trl 1.16 or newer: pip install 'trl>=1.16'") from error
 
 # Metrics that take the whole distribution at every token, which the kernels never have.
 LEFT_OUT = ("entropy", "mean_token_accuracy")
@@ -115,6 +119,9 @@ def _check_synpo(args: DPOConfig, ref_model: PreTrainedModel | None) -> None:
         raise ValueError("ref_model is given but synpo has no reference; leave it out")
     unused = {"precompute_ref_log_probs": False, "sync_ref_model": False, "ld_alpha": None}
     refuse_options(args, unused, "synpo has no reference and weighs all tokens alike")
+    if args.deepspeed_plugin is not None or args.fsdp:
+        # trl would shard the reference that is not there.
+        raise ValueError('loss_type="synpo" in DPOTrainer under DeepSpeed or FSDP: take FusedCPOTrainer, same pairs')
 
 
 def answer_from_kernels(model: nn.Module) -> AnswerScorer:
