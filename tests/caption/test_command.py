@@ -25,10 +25,7 @@ from tests.video.films import film, sound
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny LLaVA, and three videos, a file without one, and a file that is none."""
     folder = tmp_path_factory.mktemp("captions")
-    tiny.model("llava").save_pretrained(folder / "model")
-    tiny.tokenizer().save_pretrained(folder / "model")
-    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
+    tiny.save_llava(folder / "model")
     films = folder / "films"
     (films / "more").mkdir(parents=True)
     for number, name in enumerate(["a.mp4", "b.mp4", "more/c.mkv"]):

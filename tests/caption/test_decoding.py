@@ -1,6 +1,8 @@
 """The loop against a plain one that runs each view by itself, with a cache of its own."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from synpo.assets import smollm2
 from synpo.caption import GREEDY, Captioner, Generated, Sampling, StopStrings, contrastive_decode, views
 from synpo.caption.prompts import Prompt
 from synpo.caption.rows import batch
+from synpo.pretrained import load_model, load_tokenizer
 from synpo_kernels import contrastive_sample
 from tests.caption import tiny
 
@@ -27,12 +31,17 @@ def text_rows(*texts: Sequence[int]) -> dict[str, Tensor]:
 
 
 def two_caches(
-    model: PreTrainedModel, full: dict[str, Any], poor: dict[str, Any], sampling: Sampling, seed: int = 0
+    model: PreTrainedModel,
+    full: dict[str, Any],
+    poor: dict[str, Any],
+    sampling: Sampling,
+    seed: int = 0,
+    steps: int = STEPS,
 ) -> list[int]:
     """Each view has a cache of its own. Positions, where the inputs have them, go on by one a token."""
     sides, logits, tokens = [dict(full), dict(poor)], [None, None], []
     with torch.no_grad():
-        for _ in range(STEPS):
+        for _ in range(steps):
             for side, inputs in enumerate(sides):
                 if tokens:
                     inputs["input_ids"] = torch.tensor([tokens[-1:]])
@@ -68,6 +77,35 @@ def test_text_as_both_views(sampling: Sampling) -> None:
     (found,) = generate(tiny.model("llama"), text_rows(full, poor), contrast=True, sampling=sampling, seeds=[5])
     assert found.tokens.tolist() == expected
     assert found.finish == "length"
+
+
+MODELS = os.environ.get("SYNPO_TEST_MODELS")  # where synpo.assets keeps or puts SmolLM2-135M, 540 MB
+SCENES = (
+    ("A red cube moves to the left while a blue ball rolls behind the green cone. What happens?", "What happens?"),
+    ("Frame 1: a dog sleeps. Frame 2: it wakes. Frame 3: it runs to the door.", "Frame 1: a dog sleeps."),
+    ("Name three colours.", "Name three animals that live in the sea, and say for each what it eats."),
+)
+
+
+@pytest.mark.skipif(MODELS is None, reason="SYNPO_TEST_MODELS names no folder for a real model")
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9)], ids=["greedy", "sampled"])
+def test_a_real_model(sampling: Sampling) -> None:
+    """SmolLM2-135M, float32, three prompts of different lengths at once: 64 tokens each, or up to its end token."""
+    assert MODELS is not None
+    name = str(smollm2(Path(MODELS)))
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    assert sampling.plausibility == 0
+    texts = [*(full for full, _ in SCENES), *(poor for _, poor in SCENES)]
+    prompts = [Prompt(torch.tensor(tokenizer(text)["input_ids"])) for text in texts]
+    found = generate(
+        model, batch(model, prompts), contrast=True, sampling=sampling, seeds=range(5, 8), max_new_tokens=64
+    )
+    for row, one in enumerate(found):
+        full, poor = ({"input_ids": prompts[at].ids[None]} for at in (row, row + len(SCENES)))
+        expected = two_caches(model, full, poor, sampling, seed=5 + row, steps=64)
+        assert one.tokens.tolist() == expected[: len(one.tokens)]
+        assert len(one.tokens) == 64 or one.finish == "eos"
+    assert max(len(one.tokens) for one in found) > 32
 
 
 @pytest.mark.parametrize("contrast", ["third", "blank", "shuffled"])

@@ -1,6 +1,8 @@
 """Tiny random models of every family, their tokenizer, and inputs for their vision towers, made on the spot."""
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,3 +248,11 @@ def view(frames: int = 6, seed: int = 0, seconds: float = 3.0) -> View:
     """Frames of noise, half a second apart by default."""
     images = np.random.default_rng(seed).integers(0, 256, (frames, SIZE, SIZE, 3), dtype=np.uint8)
     return View(0.0, seconds, np.arange(frames) * seconds / frames, tuple(images))
+
+
+def save_llava(folder: Path) -> None:
+    """A tiny LLaVA as a folder that commands take: model, tokenizer, and the settings of its pixels."""
+    model("llava").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    settings = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -20,10 +20,7 @@ from .making import make_videos
 def model(tmp_path_factory):
     """A tiny LLaVA with its tokenizer and the settings of its pixels, on disk."""
     folder = tmp_path_factory.mktemp("model")
-    tiny.model("llava").save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    settings = {"size": {"shortest_edge": tiny.SIZE}, "crop_size": {"height": tiny.SIZE, "width": tiny.SIZE}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    tiny.save_llava(folder)
     return folder
 
 
