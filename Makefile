@@ -30,7 +30,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
 # build/site: the documents as a site; a broken link or anchor fails.
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 # The C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: needs a compiler alone.
@@ -61,10 +61,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e ".[dev]"
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e ".[docs]"
 	touch $@
 
 clean:

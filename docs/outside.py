@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 DOCS = Path(__file__).parent
@@ -45,7 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while waiting:
         for file in _outside(waiting.pop()) - seen:
             seen.add(file)
-            files.append(File.generated(config, _address(file), content=_content(file)))
+            page = File.generated(config, _address(file), content=_content(file), inclusion=InclusionLevel.NOT_IN_NAV)
+            files.append(page)
             if file.suffix == ".md":
                 waiting.append(file)
     return files
