@@ -23,7 +23,7 @@ QUESTION = "Describe the video in detail."
 def main() -> None:
     """Prints, with and without a contrast view, both times and their ratio; the best of the rounds for each way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the demo's model")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="where SmolLM2 is, or is put")
     parser.add_argument("--seconds", type=int, default=24, help="length of the text that stands for a video")
     parser.add_argument("--new", type=int, default=32, help="tokens of each caption")
     parser.add_argument("--rounds", type=int, default=2)

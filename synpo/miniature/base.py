@@ -23,7 +23,7 @@ from .grammar import fact_words, read, tell
 from .world import BEATS, EVENT_BEAT, FACTS, FRAMES_PER_BEAT, SIZE, Scene, hallucinate, make_scene, render
 
 BATCH = 32
-STEPS = (900, 800, 150)  # of the three stages
+STEPS = (900, 650, 150)  # of the three stages
 TOWER_RATE, CLEAN_RATE, NOISY_RATE = 4e-3, 2e-3, 5e-4  # peak learning rates
 FACT_WEIGHT = 4.0  # of a word that tells a fact in the clean captions' loss; other words have 1
 NOISE = 0.28  # share of the facts that a noisy caption gets wrong

@@ -1,4 +1,4 @@
-"""`python -m synpo.miniature.demo`: the paper in minutes on two CPU cores, by the commands that every user has.
+"""`synpo demo`: the paper in minutes on two CPU cores.
 
 Films are rendered to mp4 files; the captioner that ships with the package captions them; a judge that knows the truth
 scores its candidates; the best and the worst of each film become a pair; SynPO trains on the pairs; captions of films
@@ -7,183 +7,105 @@ that were not trained on are compared, before and after.
 
 import argparse
 import json
-import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from .. import cli
-from ..evaluate import Change, paired_bootstrap
-from ..evaluate.files import read_hypotheses
-from ..run_files import read_json_lines, write_atomically
-from .captioner import WEIGHTS
-from .films import make_films, references
-from .language import language
-from .oracle import accuracy
-from .world import Scene
+from ..evaluate import paired_bootstrap
+from ..options import add_options, given_options, option
+from .comparison import compare
+from .stages import WAYS, Outcome, call, mean, prepare, train
 
-JUDGE = "python:synpo.miniature.oracle:judge"
-LENGTH = "48"  # tokens; the longest caption has 34
-# How captions are written, for the comparison: the likeliest, and as candidates are drawn
-WAYS = {
-    "greedy": ["--temperature", "0", "--top_p", "1", "--top_k", "0"],
-    "sampled": ["--temperature", "0.9", "--top_p", "0.95", "--top_k", "32"],
-}
-RECIPE = {
-    "objective": "synpo",
-    "learning_rate": "2e-3",
-    "lora_r": "16",
-    "lora_alpha": "32",
-    "lora_dropout": "0",
-    "warmup_steps": "5",
-    "per_device_train_batch_size": "16",
-    "gradient_accumulation_steps": "1",
-    "per_device_eval_batch_size": "16",
-    "eval_fraction": "0.15",
-    "max_length": "128",
-    "save_strategy": "no",
-}
 LEAST_GAIN, LEAST_GRAMMATICAL, MOST_DRIFT = 0.15, 0.9, 0.1
 
 
-class Captions(NamedTuple):
-    """Captions of the test films, written in one way by one model; `right` is the share of facts, film by film."""
+@dataclass
+class DemoConfig:
+    """Options of `synpo demo`."""
 
-    right: list[float]
-    grammatical: float
-    perplexity: float
-    diversity: float
-    words: float
+    out: str = option("runs/demo", "Folder for everything that is made.")
+    films: int = option(400, "Films that pairs are made from.")
+    test_films: int = option(100, "Films whose captions are compared; none of them is trained on.")
+    steps: int = option(60, "Optimizer steps of 32 pairs.")
+    rate: float = option(1e-3, "Learning rate.")
+    seed: int = option(0, "Of the films, the captions and the training.")
+    compare: bool = option(False, "Train with several objectives, rates and seeds instead, and compare them.")
+    objectives: list[str] = option(["synpo", "dpo", "simpo", "cpo"], "compare: losses of `synpo train`.")
+    rates: list[float] = option([3e-4, 1e-3, 3e-3], "compare: learning rates, each objective with each.")
+    seeds: list[int] = option([0, 1, 2], "compare: each with films, pairs and captions of its own.")
 
-    @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.right)
-
-
-def call(*words: str) -> None:
-    """A command of synpo, shown as it would be typed. Errors: RuntimeError where it fails."""
-    print(f"\n$ synpo {shlex.join(words)}", flush=True)
-    if code := cli.main(words):
-        raise RuntimeError(f"synpo {words[0]} ended with {code}")
-
-
-def caption(model: str, folder: Path, out: Path, scenes: Mapping[str, Scene], seed: int) -> dict[str, Captions]:
-    """Captions of the test films by a model, in both ways, through `synpo caption`."""
-    found = {}
-    for way, options in WAYS.items():
-        file = out.with_name(f"{out.name}-{way}.jsonl")
-        plain = ["--contrast", "off", "--retrospective", "0", "--max_new_tokens", LENGTH, "--seed", str(seed)]
-        call("caption", str(folder), "--model", model, "--out", str(file), *options, *plain)
-        texts = read_hypotheses(file).captions
-        right = [accuracy(texts.get(name, ""), scene.facts) for name, scene in scenes.items()]
-        found[way] = Captions(right, *language(list(texts.values())))
-    return found
+    def __post_init__(self) -> None:
+        for name, least in (("films", 20), ("test_films", 10), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
+        for name in ("objectives", "rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} is {values}; one or more are needed, each once")
 
 
-def run(
-    out: Path, model: str = str(WEIGHTS), *, films: int, test_films: int, steps: int, seed: int,
-    recipe: Mapping[str, str] | None = None,
-) -> int:  # fmt: skip
-    """The whole way from films to a report in folder `out`; 0 when captions became better as the paper says, else 1."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, and a flag for every option."""
+    add_options(parser, DemoConfig)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The whole way; 0 when captions became better as the paper says, else 1. With --compare: 0 when all has run."""
     started = time.perf_counter()
-    make_films(out / "films", films, seed)
-    scenes = make_films(out / "test", test_films, seed + 1, prefix="test")
-    truth = out / "references.json"
-    write_atomically(truth, json.dumps(references(scenes, seed), indent=0) + "\n")
-    before = caption(model, out / "test", out / "before", scenes, seed)
-    call(
-        "pairs", "--videos", str(out / "films"), "--model", model, "--judge", JUDGE, "--out", str(out / "pairs"),
-        "--min_score_gap", "3", "--max_new_tokens", LENGTH, "--seed", str(seed),
-    )  # fmt: skip
-    trained = out / "run"
-    options = [word for name, value in (RECIPE | dict(recipe or {})).items() for word in (f"--{name}", value)]
-    call(
-        "train", "--model", model, "--data", str(out / "pairs"), "--output_dir", str(trained), "--max_steps",
-        str(steps), "--seed", str(seed), "--vision_cache", str(out / "features"), *options,
-    )  # fmt: skip
-    after = caption(str(trained), out / "test", out / "after", scenes, seed)
-    for way in WAYS:
-        files = [str(out / f"{when}-{way}.jsonl") for when in ("before", "after")]
-        numbers = str(out / f"metrics-{way}.json")
-        call("evaluate", *files, "--references", str(truth), "--meteor", "off", "--out", numbers, "--partial")
-    call("report", str(trained), "--out", str(out))
-
-    logps = [
-        {name: [row[name] for row in read_json_lines(trained / "eval_pairs" / f"eval-{step}.jsonl")]
-         for name in ("logps/chosen", "logps/rejected")} for step in (0, steps)
-    ]  # fmt: skip
-    print("\n" + table(before, after, logps, out))
-    problems = check(before, after, logps)
+    config = DemoConfig(**given_options(args, DemoConfig))
+    out = Path(config.out)
+    sizes = {"films": config.films, "test_films": config.test_films}
+    if config.compare:
+        files = compare(out, config.objectives, config.rates, config.seeds, steps=config.steps, **sizes)
+        print(f"\n{files[0].read_text(encoding='utf-8')}\n{'  '.join(map(str, files))}")
+        return 0
+    world = prepare(out, seed=config.seed, **sizes)
+    outcome = train(world, out / "run", objective="synpo", rate=config.rate, steps=config.steps)
+    call("report", str(out / "run"), "--out", str(out))
+    print("\n" + table(out / "run", outcome))
+    problems = check(outcome)
     for problem in problems:
         print(f"NOT as it should be: {problem}")
-    print(f"curves {out / 'curves.png'} | all in {out} | {time.perf_counter() - started:.0f} s")
+    print(f"report {out / 'report.html'} | all in {out} | {time.perf_counter() - started:.0f} s")
     return 1 if problems else 0
 
 
-def check(
-    before: Mapping[str, Captions], after: Mapping[str, Captions], logps: Sequence[Mapping[str, list[float]]]
-) -> list[str]:
+def check(outcome: Outcome) -> list[str]:
     """What the paper promises and these captions do not keep."""
     problems = []
-    gain = after["sampled"].accuracy - before["sampled"].accuracy
+    before, after = outcome.told["sampled"]
+    gain = mean(after.facts) - mean(before.facts)
     if gain < LEAST_GAIN:
         problems.append(f"sampled captions gained {gain:+.3f} of the facts; at least {LEAST_GAIN} is wanted")
-    if (least := min(captions.grammatical for captions in after.values())) < LEAST_GRAMMATICAL:
+    least = min(mean(told.grammatical) for _, told in outcome.told.values())
+    if least < LEAST_GRAMMATICAL:
         problems.append(f"{least:.3f} of the captions are grammatical; at least {LEAST_GRAMMATICAL} is wanted")
-    change = paired_bootstrap(before["greedy"].right, after["greedy"].right)
+    before, after = outcome.told["greedy"]
+    change = paired_bootstrap(before.facts, after.facts)
     if change.high < 0:
         problems.append(f"greedy captions lost facts: {change.mean:+.3f}, at most {change.high:+.3f}")
-    moved = _moved(logps, "logps/chosen").mean
+    moved = paired_bootstrap(*outcome.chosen).mean
     if abs(moved) >= MOST_DRIFT:
         problems.append(f"the log-prob of the chosen captions moved by {moved:+.3f}; less than {MOST_DRIFT} is wanted")
     return problems
 
 
-def _moved(logps: Sequence[Mapping[str, list[float]]], name: str) -> Change:
-    return paired_bootstrap(logps[0][name], logps[1][name])
-
-
-def table(
-    before: Mapping[str, Captions],
-    after: Mapping[str, Captions],
-    logps: Sequence[Mapping[str, list[float]]],
-    out: Path,
-) -> str:
+def table(run: Path, outcome: Outcome) -> str:
     """What changed, in lines of text."""
-    lines = [f"{'':<34}{'before':>9}{'after':>9}{'change':>9}   95 % interval"]
+    lines = [f"{'':<30}{'before':>9}{'after':>9}{'change':>9}   95 % interval"]
     for way in WAYS:
-        change = paired_bootstrap(before[way].right, after[way].right)
-        values = (before[way].accuracy, after[way].accuracy)
-        lines.append(_line(f"facts right, {way}", *values, f"   [{change.low:+.3f}, {change.high:+.3f}]"))
-        metrics = json.loads((out / f"metrics-{way}.json").read_text(encoding="utf-8"))["metrics"]
-        cider = metrics["CIDEr"]
-        interval = f"   [{cider['change']['low']:+.3f}, {cider['change']['high']:+.3f}]"
-        lines.append(_line(f"CIDEr, {way}", *cider["values"], interval))
-        for name in ("grammatical", "perplexity", "diversity", "words"):
-            lines.append(_line(f"{name}, {way}", getattr(before[way], name), getattr(after[way], name)))
-    for name, told in (("logps/chosen", "log-prob per token, chosen"), ("logps/rejected", "rejected")):
-        change = _moved(logps, name)
-        values = [sum(part[name]) / len(part[name]) for part in logps]
-        lines.append(_line(told, *values, f"   [{change.low:+.3f}, {change.high:+.3f}]"))
+        metrics = json.loads((run / "evaluation" / f"{way}.json").read_text(encoding="utf-8"))["metrics"]
+        for name in ("facts right", "grammatical", "CIDEr", "words", "perplexity", "diversity"):
+            row = metrics[name]
+            lines.append(_line(f"{name}, {way}", row["values"], row.get("change")))
+    for name, values in (("chosen", outcome.chosen), ("rejected", outcome.rejected)):
+        change = paired_bootstrap(*values)._asdict()
+        lines.append(_line(f"log-prob per token, {name}", [mean(part) for part in values], change))
     return "\n".join(lines)
 
 
-def _line(name: str, before: float, after: float, interval: str = "") -> str:
-    return f"{name:<34}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}{interval}"
-
-
-def main() -> int:
-    """The demo with its own sizes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="default: runs/miniature")
-    parser.add_argument("--films", type=int, default=150, help="films that pairs are made from (default 150)")
-    parser.add_argument("--test_films", type=int, default=100, help="films for the comparison (default 100)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 pairs (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    return run(args.out, films=args.films, test_films=args.test_films, steps=args.steps, seed=args.seed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _line(name: str, values: Sequence[float], change: dict[str, float] | None) -> str:
+    before, after = values
+    interval = f"   [{change['low']:+.3f}, {change['high']:+.3f}]" if change else ""
+    return f"{name:<30}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}{interval}"

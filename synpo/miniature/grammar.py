@@ -1,8 +1,9 @@
-"""The language of the small world: every caption is three sentences of 22 to 30 words in all, phrased in many ways,
+"""The language of the small world: every caption is three sentences of 21 to 30 words in all, phrased in many ways,
 and a parser reads the facts back.
 
 The wording of facts and the sentences stand as data, from which both directions are made, so that what is written can
-be read. A caption is grammatical when it is one that `tell` can write, facts of any values.
+be read. A caption is grammatical when it is one that `tell` can write, facts of any values. No two kinds of sentences
+share their words up to the first fact: a writer who has begun with "A red" should not still have to choose of what.
 """
 
 import itertools
@@ -21,7 +22,7 @@ _SENTENCES = {
     ),
     "stripe": (
         "there is a {stripe} stripe along the {edge} edge",
-        "a {stripe} stripe runs along the {edge} [edge|side]",
+        "the {edge} [edge|side] has a {stripe} stripe",
         "along the {edge} [edge|side] runs a {stripe} stripe",
     ),
     "event": (

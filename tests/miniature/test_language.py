@@ -1,5 +1,6 @@
 """The grammar reads what it writes, and tells language from what is none."""
 
+import re
 from random import Random
 
 import pytest
@@ -117,3 +118,17 @@ def test_the_held_out_model_knows_every_word() -> None:
     model = held_out_model()
     assert all(model._counts[(word,)] for word in words())
     assert len(FACTS) == 8
+
+
+def test_no_word_tells_a_fact_before_it_is_known_of_what() -> None:
+    """Such as the red in "A red", if a red ring and a red stripe could both follow."""
+    facts: dict[str, set[str]] = {}
+    for caption in captions(3000, 5):
+        for sentence in re.findall(r"[^.]+\.", caption):
+            skeleton = read(sentence.strip()).skeleton
+            start = skeleton.index("<")
+            words = sentence.strip().lower()
+            beginning = words[:start] + words[start:].split()[0]
+            facts.setdefault(beginning, set()).add(skeleton[start + 1 :].split()[0])
+    assert len(facts) > 20
+    assert all(len(names) == 1 for names in facts.values()), facts

