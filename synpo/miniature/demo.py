@@ -7,10 +7,13 @@ that were not trained on are compared, before and after.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from synpo_kernels import objectives
 
 from ..evaluate import paired_bootstrap
 from ..options import add_options, given_options, option
@@ -43,6 +46,10 @@ class DemoConfig:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} is {values}; one or more are needed, each once")
+        if unknown := [name for name in self.objectives if name not in objectives.REGISTRY]:
+            raise ValueError(f"objectives: {unknown[0]!r} is not known; known: {', '.join(objectives.REGISTRY)}")
+        if wrong := [rate for rate in (self.rate, *self.rates) if not 0 < rate < math.inf]:
+            raise ValueError(f"a rate is {wrong[0]}; it has to be greater than 0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,8 @@ def test_each_promise_is_checked(greedy: Told, sampled: Told, moved: float, prob
     [
         (["--films", "3"], "films is 3"),
         (["--steps", "0"], "steps is 0"),
+        (["--objectives", "dpo", "sympo"], "objectives: 'sympo' is not known; known: synpo, dpo, "),
+        (["--rates", "0"], "a rate is 0.0"),
         (["--rates", "1e-3", "1e-3"], "rates is [0.001, 0.001]; one or more are needed, each once"),
     ],
 )
