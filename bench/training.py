@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .measure import commit, device_name
-from .memory import Peak
+from .memory import MB, Peak
 
 OURS = ("synpo", "simpo", "dpo-model", "dpo-adapter", "dpo-precomputed")
 ROWS = ("release", "dpo-usual", *(name + form for name in OURS for form in ("", "-shared")))
 COLUMNS = [
     "date", "commit", "device", "torch", "transformers", "row", "parameters", "prompt", "answer", "pairs_per_step",
-    "steps", "pairs_per_s", "step_s", "loader_ms", "peak_extra_mb", "loss",
+    "steps", "pairs_per_s", "step_s", "loader_ms", "peak_extra_mb", "models_mb", "loss",
 ]  # fmt: skip
 VOCABULARY = 8192
 ALPHA, BETA, DPO_BETA = 30.0, 0.2, 0.1
@@ -126,7 +126,8 @@ def ours(row: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert trainer.scorer.fallbacks == 0
-    return summary(ends, waits, peak, losses, args)
+    models = [trainer.model, *([] if reference != "model" else [trainer.references.ref_model])]
+    return summary(ends, waits, peak, losses, args) | weights_of(*models)
 
 
 def restated(row: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +159,8 @@ def restated(row: str, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(total)
         ends.append(time.perf_counter())
-    return summary(ends, [0.0], peak, losses, args)
+    models = [model, *([] if reference is None else [reference])]
+    return summary(ends, [0.0], peak, losses, args) | weights_of(*models)
 
 
 def _release_loss(model: nn.Module) -> Callable[[Tensor, int], Tensor]:
@@ -207,6 +209,11 @@ def summary(
     }
 
 
+def weights_of(*models: nn.Module) -> dict[str, int]:
+    """Memory of the models that a row holds, which its peak comes on top of."""
+    return {"models_mb": round(sum(p.numel() * p.element_size() for m in models for p in m.parameters()) / MB)}
+
+
 def in_fresh_process(row: str, args: argparse.Namespace) -> dict[str, Any]:
     child = [sys.executable, "-m", "bench.training", "--in-process", "--row", row]
     for name in ("prompt", "answer", "pairs", "steps"):
@@ -249,8 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         "pairs_per_step": args.pairs,
         "steps": args.steps,
     }
-    print("| row | pairs per s | s per step | loader wait, ms | peak MB over the models | first loss |")
-    print("|---|---|---|---|---|---|")
+    print("| row | pairs per s | s per step | loader wait, ms | models, MB | peak MB over them | first loss |")
+    print("|---|---|---|---|---|---|---|")
     for row in tqdm(args.row, unit="row", file=sys.stderr):
         result = world | {"row": row} | in_fresh_process(row, args)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
             if new:
                 writer.writeheader()
             writer.writerow(result)
-        print("| {row} | {pairs_per_s} | {step_s} | {loader_ms} | {peak_extra_mb} | {loss} |".format(**result))
+        shown = ("row", "pairs_per_s", "step_s", "loader_ms", "models_mb", "peak_extra_mb", "loss")
+        print("| " + " | ".join(str(result[name]) for name in shown) + " |")
 
 
 if __name__ == "__main__":
