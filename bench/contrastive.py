@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from synpo_kernels import contrastive_sample, reference
+from synpo_kernels import contrastive_sample, native, reference
 
 from .measure import DTYPES, Stopwatch, commit, device_name, percentile
 from .memory import Peak
@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.in_process:
         print("\n" + json.dumps(measure(args)))
         return
+    if args.device == "cpu" and not native.status()["built"]:
+        raise SystemExit(f"plain PyTorch would be timed: the C++ kernels are {native.status()['reason']}")
     name = device_name(args.device)
     out = args.out or Path(__file__).parent / "results" / f"contrastive_{name}.csv"
     out.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import contrastive
+from synpo_kernels import native
 
 
 def arguments(implementation: str, law: str) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def test_a_wrong_law_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         contrastive.measure(arguments("ours", "top-k, top-p"))
 
 
+@pytest.mark.skipif(not native.status()["built"], reason="the C++ kernels are not built")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.csv"
     small = ["--law", "greedy", "--dtype", "fp32", "--batch", "2", "--vocabulary", "400", "--rounds", "3"]
@@ -44,3 +46,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(rows[0]["over_eager"]) == 1.0
     assert float(rows[1]["over_eager"]) == pytest.approx(float(rows[0]["p50_ms"]) / float(rows[1]["p50_ms"]), rel=1e-3)
     assert "| greedy | fp32 | ours |" in capsys.readouterr().out
+
+
+def test_plain_pytorch_is_not_timed_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "status", lambda: {"built": False, "reason": "not built: install"})
+    with pytest.raises(SystemExit, match=r"plain PyTorch would be timed: .* not built: install"):
+        contrastive.main(["--device", "cpu"])
