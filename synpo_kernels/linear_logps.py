@@ -99,12 +99,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     hidden, weight, targets, bias, *rest = inputs
     ctx.options, ctx.dtype = Options(*rest), hidden.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros of hidden's size stand in for the gradient of the unit gradient
     ctx.save_for_backward(*((output[0], hidden, weight, targets, bias) if ctx.options.trainable else output[1:]))
 
 
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     refuse_second_order("linear_logps")
     nothing = (None,) * len(ctx.options)
+    if grad is None:
+        return None, None, None, None, *nothing
     if not ctx.options.trainable:
         (unit,) = ctx.saved_tensors
         # Rounded as it is written: on a GPU no float32 copy of it is made.
@@ -162,7 +165,7 @@ def linear_logps(
 
     tp_group: weight and bias are this rank's slice of the vocabulary, in rank order; targets are ids in the whole
     vocabulary; hidden is the same on every rank, and its gradient comes back summed over the ranks. workspace_mb
-    bounds working memory (default 64 on a CPU; on a GPU 640 with a frozen head, 1300 with a trainable one).
+    bounds working memory (default 64 on a CPU and 640 on a GPU with a frozen head, 256 and 1300 with a trainable one).
     check=True also refuses values of hidden that are not finite, at the cost of a read of hidden. Errors: TypeError
     for dtypes, ValueError for shapes, devices, softcap <= 0 and workspace_mb < 1, IndexError for a target outside
     [0, V) (its position in the flattened targets and its value named), RuntimeError for a second derivative.

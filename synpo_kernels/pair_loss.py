@@ -276,11 +276,14 @@ def _pair_loss_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs, ctx.dtypes = inputs[-1], (inputs[0].dtype, inputs[1].dtype, inputs[1].dtype)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros of the head's size stand in for the gradient of grad_weight
     ctx.save_for_backward(*output[6:])
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_second_order("a fused preference loss")
+    if grad_loss is None:
+        return (None,) * 15
     hidden, weight, bias = (
         (g * grad_loss.to(g.dtype)).to(dtype) if need else None
         for g, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)

@@ -77,7 +77,16 @@ class SynPOConfig(TrainingArguments):
     vision_cache_gb: float = option(50.0, "Most that vision_cache may hold, in GB (2^30 bytes); least used go first.")
     fused: bool = option(True, "False: full logits and plain PyTorch losses, for comparison only.")
     workspace_mb: int | None = option(
-        None, "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU, 640 to 1300 on a GPU."
+        None,
+        "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU and 640 on a GPU; 256 and 1300 with "
+        "a trainable head.",
+    )
+    side_norms_every: int | None = option(
+        None, "Every so many optimizer steps, norms of the real gradients of the chosen side, the rejected side and "
+        "synpo's language term, of one pass; three more backward passes then. Default: never.",
+    )  # fmt: skip
+    sample_captions: int = option(
+        0, "At every evaluation, greedy answers to the first so many held-out prompts, in eval_samples."
     )
     max_nonfinite_steps: int = option(
         10, "Stop when this many optimizer steps of the run were skipped for a NaN or infinite loss or gradient."
@@ -112,7 +121,9 @@ class SynPOConfig(TrainingArguments):
         if not self.vision_cache_gb > 0:
             raise ValueError(f"vision_cache_gb is {self.vision_cache_gb}; it has to be greater than 0")
         _ = self.frame_policy  # checks num_frames and fps
-        for name in ("tokens_per_pass", "workspace_mb", "max_nonfinite_steps"):
+        if self.sample_captions < 0:
+            raise ValueError(f"sample_captions is {self.sample_captions}; it has to be at least 0")
+        for name in ("tokens_per_pass", "workspace_mb", "max_nonfinite_steps", "side_norms_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it has to be at least 1")

@@ -60,6 +60,19 @@ def test_ours_holds_a_fraction_of_what_naive_holds():
     assert peaks["ours"] <= peaks["naive"] / 2
 
 
+def test_a_trainable_head_costs_its_gradient_twice_and_no_more():
+    """Made in the forward pass, multiplied by the loss's gradient in the backward pass: 32 MB each. The stored tile of
+    32 rows is 4 MB, packed weights are a few.
+    """
+    inputs = make_inputs(SMALL, 32, torch.float32, torch.device("cpu"))
+    spec = Spec("synpo_loss", "ours", "ci", "fp32", 32, "trainable", "forward+backward", "cpu", 1, 60)
+    call = step(spec, inputs)
+    call()
+    peak = Peak(torch.device("cpu"))
+    call()
+    assert 60 <= peak.extra_mb() <= 80
+
+
 def test_every_implementation_is_in_the_comparison_or_needs_a_gpu():
     reasons = {name: entry.cannot("synpo_loss", SMALL, torch.device("cpu")) for name, entry in IMPLEMENTATIONS.items()}
     assert {name for name, reason in reasons.items() if reason} == {
