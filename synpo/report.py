@@ -57,6 +57,11 @@ PANELS = (
         "share",
         {"grad_share/chosen": "chosen", "grad_share/rejected": "rejected", "grad_share/language": "language"},
     ),
+    Panel(
+        "norm of the gradient of each side",
+        "L2 over the weights",
+        {"grad_norm/chosen": "chosen", "grad_norm/rejected": "rejected", "grad_norm/language": "language"},
+    ),
     Panel("loss", "", {"loss": "loss"}),
 )
 

@@ -174,6 +174,7 @@ def _spelled(number: int) -> str:
 
 FAMILIES = {
     "llava": Family(_images, _image_each, token="image_token_id", part="image"),
+    "auroracap": Family(_images, _image_each, token="image_token_id", part="image"),
     "llava_onevision": Family(partial(_frames, tail=1), _one_run),
     "llava_next_video": Family(_frames, _one_run),
     "internvl": Family(_images, _internvl, token="image_token_id", marker="<video>"),

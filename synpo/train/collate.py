@@ -4,7 +4,6 @@ The answer tokens of a sequence of n tokens with a prompt of p stand at p..n-1 a
 p-1..n-2, so every pass carries the flat positions of those hidden states and the tokens they predict, already aligned.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .media import Media, MediaError, has_media
 from .prefix import Layout, Piece
+from .reference_table import Sums, pair_key
 from .tokenise import COLUMNS, Pair, PairTokenizer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ class PairDataset(Dataset):
             self.pairs.append(Pending(index, dict(row)))
 
     def __getitem__(self, index: int) -> Pair:
+        if index >= len(self.pairs):  # see processes.Evened
+            return replace(self[index - len(self.pairs)], repeat=True, skipped=0, cut=False)
         for skipped in range(len(self.pairs)):
             pair = self.pairs[(index + skipped) % len(self.pairs)]
             if isinstance(pair, Pair):
@@ -160,25 +162,28 @@ PLAIN = Form()
 class PairCollator:
     """A list of Pairs -> {"passes": [...], "pairs": B}: consecutive pairs, as many to a pass as tokens_per_pass allows.
 
-    For a pass see ``assemble``. ``references``, where set, maps sequence_key to the reference's summed log-prob and
-    adds ref_logps (2b,) float32.
+    Repeats are left out; where there is nothing else, one of them makes an idle pass. For a pass see ``assemble``.
+    ``references``, where set, maps pair_key to the reference's summed log-probs and adds ref_logps (2b,) float32.
     """
 
     def __init__(self, pad_token_id: int, tokens_per_pass: int | None = None, form: Form = PLAIN) -> None:
         self.pad_token_id = pad_token_id
         self.tokens_per_pass = tokens_per_pass
         self.form = form
-        self.references: Mapping[bytes, float] | None = None
+        self.references: Mapping[str, Sums] | None = None
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+        own = [pair for pair in pairs if not pair.repeat]
+        if not own:
+            return {"passes": [self._collate(pairs[:1]) | {"idle": True}], "pairs": 0}
         passes: list[list[Pair]] = []
-        for pair in pairs:
+        for pair in own:
             fits = passes and (self.tokens_per_pass is None or self._size([*passes[-1], pair]) <= self.tokens_per_pass)
             if fits:
                 passes[-1].append(pair)
             else:
                 passes.append([pair])
-        return {"passes": [self._collate(group) for group in passes], "pairs": len(pairs)}
+        return {"passes": [self._collate(group) for group in passes], "pairs": len(own)}
 
     def _size(self, pairs: Sequence[Pair]) -> int:
         """Tokens of a pass of these pairs, padding included."""
@@ -189,13 +194,13 @@ class PairCollator:
         batch = assemble(pairs, self.pad_token_id, self.form)
         if self.references is not None:
             try:
-                sums = [self.references[key] for pair in pairs for key in pair_keys(pair)]
+                chosen, rejected = zip(*(self.references[pair_key(pair)] for pair in pairs), strict=True)
             except KeyError:
                 raise ValueError(
                     f"rows {batch['indices']} have no precomputed reference log-probs; give their dataset to the "
                     "trainer's constructor"
                 ) from None
-            batch["ref_logps"] = torch.tensor([*sums[::2], *sums[1::2]])
+            batch["ref_logps"] = torch.tensor([*chosen, *rejected])
         return batch
 
 
@@ -292,25 +297,10 @@ def assemble(pairs: Sequence[Pair], pad_token_id: int, form: Form) -> dict[str, 
         "media": [strip.media for strip in strips if strip.media is not None],
         "skipped": sum(pair.skipped for pair in pairs),
         "cut": sum(pair.cut for pair in pairs),
+        "idle": False,  # whether it is computed for nothing (see processes)
     }
     if form != PLAIN:
         batch["layout"] = Layout(tuple(pieces))
     if form != PLAIN or axes > 1:
         batch["position_ids"] = places.unflatten(-1, (rows, width))
     return batch
-
-
-def sequence_key(prompt: Tensor, answer: Tensor, media: bytes = b"") -> bytes:
-    """What identifies a sequence to a reference model: a hash of its token ids, of where the answer starts, and of the
-    content of its media.
-    """
-    digest = hashlib.sha256(len(prompt).to_bytes(8, "little"))
-    digest.update(torch.cat((prompt, answer)).numpy().tobytes())
-    digest.update(media)
-    return digest.digest()
-
-
-def pair_keys(pair: Pair) -> tuple[bytes, bytes]:
-    """The keys of a pair's chosen and rejected sequence."""
-    media = b"" if pair.media is None else pair.media.key
-    return sequence_key(pair.prompt, pair.chosen, media), sequence_key(pair.prompt, pair.rejected, media)

@@ -20,6 +20,7 @@ from . import checkpoints
 from .config import SynPOConfig, own_fields
 from .model import LORA_TARGETS, lora_recipe
 from .model_card import Origin, write_model_card
+from .plan import longest_pairs, plan
 from .trainer import PAIRS_FOLDER, SynPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ class RunConfig:
     attn_implementation: str | None = option(
         None, "Attention of transformers: sdpa, eager, flash_attention_2, ... Rows of several sequences have their own."
     )
+    plan: bool = option(False, "Do not train: print the peak memory of a training step by parts, and load no weights.")
     full: bool = option(False, "Train all weights rather than a LoRA adapter.")
+    load_in_4bit: bool = option(False, "QLoRA: the frozen weights under the adapter in 4 bits (bitsandbytes' NF4).")
+    dora: bool = option(False, "An adapter with trained column lengths: DoRA.")
     lora_r: int = option(128, "Rank of the adapter.")
     lora_alpha: float = option(64, "Scale of the adapter: its output is multiplied with lora_alpha / lora_r.")
     lora_dropout: float = option(0.05, "Dropout before the adapter.")
@@ -58,6 +62,10 @@ class RunConfig:
             raise ValueError(f"eval_fraction is {self.eval_fraction}; allowed: 0 (no evaluation) up to, not with, 1")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.full and (self.dora or self.load_in_4bit):
+            raise ValueError("full=True trains all weights; leave dora and load_in_4bit out")
+        if self.plan and self.load_in_4bit:
+            raise ValueError("plan=True counts weights in their dtype; leave load_in_4bit out")
         for name in ("max_train_pairs", "max_eval_pairs", "lora_r"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -81,18 +89,29 @@ def main(args: argparse.Namespace) -> int:
     own = field_names(RunConfig)
     run = RunConfig(**{name: value for name, value in given.items() if name in own})
     config = SynPOConfig(**{name: value for name, value in given.items() if name not in own})
-    resume = _prepare_folder(Path(config.output_dir), given, config.resume_from_checkpoint)
+    peft_config = None
+    if not run.full:
+        peft_config = lora_recipe(run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_targets, run.dora)
+    if run.plan:
+        pairs = longest_pairs(load_data(run)[0], load_tokenizer(run.model), config)
+        print(plan(config, run.model, run.dtype, peft_config, pairs).table())
+        return 0
+    folder = Path(config.output_dir)
+    with config.main_process_first(local=False, desc="output_dir"):
+        resume = _prepare_folder(folder, given, config.resume_from_checkpoint, writes=config.process_index == 0)
     train_pairs, eval_pairs = load_data(run)
 
     trainer = SynPOTrainer(
-        load_model(run.model, run.dtype, run.attn_implementation),
+        load_model(run.model, run.dtype, run.attn_implementation, run.load_in_4bit),
         config,
         train_pairs,
         eval_pairs,
         processing_class=load_tokenizer(run.model),
-        peft_config=None if run.full else lora_recipe(run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_targets),
+        peft_config=peft_config,
     )
-    before = None if eval_pairs is None else _evaluate(trainer, 0)
+    if trainer.is_deepspeed_enabled and eval_pairs is not None:
+        logger.warning("no evaluation before training: DeepSpeed's engine is not there yet")
+    before = None if eval_pairs is None or trainer.is_deepspeed_enabled else _evaluate(trainer, 0)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     held_out = ""
@@ -124,8 +143,10 @@ def load_data(run: RunConfig) -> tuple[Dataset, Dataset | None]:
     return pairs, held_out
 
 
-def _prepare_folder(folder: Path, given: dict[str, Any], resume: str | None) -> str | bool:
-    """Write the options into output_dir, and say what to resume: a run of the same options goes on where it stopped."""
+def _prepare_folder(folder: Path, given: dict[str, Any], resume: str | None, writes: bool) -> str | bool:
+    """Write the options into output_dir (one of several processes does), and say what to resume: a run of the same
+    options goes on where it stopped.
+    """
     path = folder / CONFIG_FILE
     given = {name: value for name, value in given.items() if name != "resume_from_checkpoint"}
     newest = checkpoints.newest_checkpoint(folder)
@@ -140,10 +161,11 @@ def _prepare_folder(folder: Path, given: dict[str, Any], resume: str | None) -> 
                 f"--resume_from_checkpoint {shlex.quote(str(newest))}"
             )
         logger.info("going on from %s", newest)
-    elif resume is None:
+    elif resume is None and writes:
         (folder / checkpoints.METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         shutil.rmtree(folder / PAIRS_FOLDER, ignore_errors=True)
-    write_atomically(path, yaml.safe_dump(given, sort_keys=True))
+    if writes:
+        write_atomically(path, yaml.safe_dump(given, sort_keys=True))
     return resume or newest is not None
 
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 # Modules of vision-language models that are not vision.
 LANGUAGE = ("language_model", "text_model", "lm_head")
@@ -15,11 +16,19 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def lora_recipe(
-    r: int = 128, alpha: float = 64, dropout: float = 0.05, targets: tuple[str, ...] | str = LORA_TARGETS
+    r: int = 128,
+    alpha: float = 64,
+    dropout: float = 0.05,
+    targets: tuple[str, ...] | str = LORA_TARGETS,
+    dora: bool = False,
 ) -> LoraConfig:
-    """The SynPO release's LoRA: rank 128, alpha 64, dropout 0.05 on all projections of attention and MLP."""
+    """The SynPO release's LoRA: rank 128, alpha 64, dropout 0.05 on all projections of attention and MLP. dora: with
+    trained lengths of the weights' columns (arXiv 2402.09353).
+    """
     targets = targets if isinstance(targets, str) else list(targets)
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM"
+    )
 
 
 def language_part(name: str) -> bool:
@@ -47,6 +56,20 @@ def spare_vision(config: PeftConfig, model: nn.Module) -> PeftConfig:
     return spared
 
 
+def trainable(model: nn.Module, config: PeftConfig | None, seed: int) -> nn.Module:
+    """The model with a new adapter, or as it is. Errors: ValueError for a second adapter, or nothing to train."""
+    if config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError("peft_config is given but model already has an adapter; leave one of them out")
+        set_seed(seed)  # the adapter's first values are part of the run
+        model = get_peft_model(model, spare_vision(config, model))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the model has no trainable parameter; pass peft_config, or load the adapter with is_trainable=True"
+        )
+    return model
+
+
 class Head(NamedTuple):
     """lm_head, and what the model does to its logits afterwards."""
 
@@ -57,7 +80,8 @@ class Head(NamedTuple):
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a peft model; the model itself where there is no adapter."""
+    """The transformers model inside a peft model, and inside DDP's or DeepSpeed's wrapper around that."""
+    model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

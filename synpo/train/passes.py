@@ -38,6 +38,13 @@ def choose_form(args: SynPOConfig, *models: nn.Module) -> Form:
     return PLAIN
 
 
+def tokens_per_pass(args: SynPOConfig) -> int | None:
+    """The bound of a pass; None: a micro-batch is one pass."""
+    if objectives.REGISTRY[args.objective].coupled:
+        return None
+    return 1024 if args.tokens_per_pass is None and args.device.type == "cpu" else args.tokens_per_pass
+
+
 class PairScorer:
     """Runs passes (see collate.assemble) through a model, which may be wrapped, and scores their answers.
 
@@ -84,6 +91,10 @@ class PairScorer:
         with head_replaced(self.head, compute):
             returned = self._forward(model, batch).logits
         return found[-1]._replace(loss=returned)
+
+    def logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """(n,) log-probs of the pass's answer tokens, with gradient."""
+        return self._logps(model, self._own_form(model, batch))
 
     @torch.no_grad()
     def sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:

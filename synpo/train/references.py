@@ -2,9 +2,7 @@
 on disk.
 """
 
-import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from .collate import PLAIN, Form, PairCollator, PairDataset, pair_keys
+from .collate import PLAIN, Form, PairCollator, PairDataset
 from .config import SynPOConfig
 from .passes import PairScorer
+from .reference_table import Sums, identity, pair_key, read_tables, write_table
 from .vision import Vision
 
 logger = logging.getLogger(__name__)
+
+CHUNK = 512  # pairs of a process between two writes of the table: what an interrupted run loses
 
 
 class References:
@@ -66,32 +67,42 @@ class References:
             return scorer.sums(model, batch)
 
     def precompute(
-        self, scorer: PairScorer, model: nn.Module, collator: PairCollator, datasets: Sequence[PairDataset]
-    ) -> dict[bytes, float]:
-        """Sequence key -> summed log-prob for every sequence of the datasets, from the file of this reference where it
-        has them.
-
-        The file is named by a hash of the reference's weights and precision; a key is a hash of the token ids, so a
-        changed pair, template, tokenizer or truncation is computed anew.
+        self,
+        scorer: PairScorer,
+        model: nn.Module,
+        collator: PairCollator,
+        datasets: Sequence[PairDataset],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> dict[str, Sums]:
+        """pair_key -> the reference's summed log-probs for every pair of the datasets, from the tables in
+        ref_cache_dir where they have them (see reference_table); the others are added there as they are made.
         """
         reference = model if self.ref_model is None else self.ref_model
-        path = self._path(reference)
-        known = _read(path)
-        missing: dict[tuple[bytes, bytes], tuple[PairDataset, int]] = {}
+        folder = Path(self.args.ref_cache_dir or Path(self.args.output_dir, "reference"))
+        whose = identity(reference, str(self.accelerator.mixed_precision), tokenizer)
+        known = read_tables(folder, whose)
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        missing: dict[str, tuple[PairDataset, int]] = {}
         # Pairs with media are read here for their keys, and again where they are computed: all of them at once would
         # not fit in memory.
         for dataset in datasets:
             for i in range(len(dataset)):
-                keys = pair_keys(dataset[i])
-                if not all(key in known for key in keys):
-                    missing[keys] = (dataset, i)
-        logger.info("reference log-probs: %d pairs to compute, %d sequences in %s", len(missing), len(known), path)
-        if missing:
-            sums = self._compute(scorer, model, collator, list(missing.values()))
-            for keys, values in zip(missing, sums.tolist(), strict=True):
-                known.update(zip(keys, values, strict=True))
+                key = pair_key(dataset[i])
+                if key not in known:
+                    missing[key] = (dataset, i)
+        logger.info("reference log-probs: %d pairs to compute, %d in %s", len(missing), len(known), folder)
+        if missing and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                f"{len(missing)} pairs have no precomputed reference log-probs, and under DeepSpeed none can be made "
+                f"before training; make them in one process or with FSDP2, in ref_cache_dir {str(folder)!r}"
+            )
+        keys, places = list(missing), list(missing.values())
+        chunk = CHUNK * self.accelerator.num_processes
+        for start in tqdm(range(0, len(keys), chunk), desc="reference log-probs", disable=None if keys else True):
+            sums = self._compute(scorer, model, collator, places[start : start + chunk])
+            known.update(zip(keys[start : start + chunk], map(tuple, sums.tolist()), strict=True))
             if self.accelerator.is_main_process:
-                _write(path, known)
+                write_table(folder, whose, known)
         return known
 
     def _compute(
@@ -101,29 +112,16 @@ class References:
         collator: PairCollator,
         pairs: Sequence[tuple[PairDataset, int]],
     ) -> Tensor:
+        """(len(pairs), 2), each process a share of it; all make the same number of passes (see processes)."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = -(-len(pairs) // world)
-        mine = list(pairs[rank * share : (rank + 1) * share])
         rows = []
-        for dataset, i in tqdm(mine, desc="reference log-probs", unit=" pairs", disable=None if rank == 0 else True):
+        for place in range(rank * share, (rank + 1) * share):
+            dataset, i = pairs[min(place, len(pairs) - 1)]
             (batch,) = collator([dataset[i]])["passes"]
             batch = {k: v.to(self.args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             rows.append(self.sums(scorer, model, batch))
-        sums = torch.stack(rows) if rows else torch.zeros(0, 2, device=self.args.device)
-        if world > 1:
-            sums = torch.nn.functional.pad(sums, (0, 0, 0, share - len(sums)))
-            sums = self.accelerator.gather(sums)[: len(pairs)]
-        return sums
-
-    def _path(self, reference: nn.Module) -> Path:
-        digest = hashlib.blake2b(str(self.accelerator.mixed_precision).encode(), digest_size=16)
-        for name, parameter in reference.named_parameters():
-            if isinstance(reference, PeftModel) and parameter.requires_grad:
-                continue
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
-        folder = self.args.ref_cache_dir or os.path.join(self.args.output_dir, "reference")
-        return Path(folder, f"{digest.hexdigest()}.safetensors")
+        return self.accelerator.gather(torch.stack(rows))[: len(pairs)]
 
 
 @contextmanager
@@ -138,24 +136,3 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _read(path: Path) -> dict[bytes, float]:
-    if not path.exists():
-        return {}
-    try:
-        tensors = load_file(path)
-        keys, sums = tensors["keys"], tensors["sums"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a file of reference log-probs ({error}); delete it, it will be made again"
-        ) from None
-    return {bytes(key): value for key, value in zip(keys.numpy(), sums.tolist(), strict=True)}
-
-
-def _write(path: Path, known: dict[bytes, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keys = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).reshape(len(known), -1)
-    partial = path.with_name(path.name + ".partial")
-    save_file({"keys": keys, "sums": torch.tensor(list(known.values()))}, partial)
-    os.replace(partial, path)

@@ -29,6 +29,7 @@ class Pair:
     places: Tensor | None = None  # (3, P) positions of the prompt's tokens, where they are not 0..P-1
     skipped: int = 0  # pairs before this one in the dataset whose media could not be read
     cut: bool = False  # whether truncation took tokens of it
+    repeat: bool = False  # stands once more at an epoch's end, to fill the last batches of several processes
 
     def length(self) -> int:
         """Tokens of the longer sequence."""

@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from ..pretrained import load_model, load_tokenizer
@@ -24,17 +24,29 @@ from ..video import PixelSpec
 from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
-from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics
+from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics, since_first
 from .host_memory import return_freed_tensors
-from .model import base_model, spare_vision
-from .passes import PairScorer, choose_form
+from .model import base_model, trainable
+from .passes import PairScorer, choose_form, tokens_per_pass
+from .processes import (
+    Evened,
+    add_idle_passes,
+    check_processes,
+    name_layers,
+    seeded_order,
+    stop_before_deepspeed,
+    synchronised,
+)
 from .references import References
+from .samples import sample_answers
+from .side_norms import side_norms
 from .tokenise import PairTokenizer
 from .vision import open_media, open_vision
 
 logger = logging.getLogger(__name__)
 
 PAIRS_FOLDER = "eval_pairs"
+SAMPLES_FOLDER = "eval_samples"
 
 
 class SynPOTrainer(ResumableTrainer):
@@ -83,7 +95,7 @@ class SynPOTrainer(ResumableTrainer):
             return_freed_tensors()
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else _origin(model))
-        model = _trainable(model, peft_config, args.seed)
+        model = trainable(load_model(model) if isinstance(model, str) else model, peft_config, args.seed)
         form = choose_form(args, *(m for m in (model, ref_model) if m is not None))
         media = open_media(args, model, processing_class, pixel_spec)
         self.scorer = PairScorer(args, model, form, open_vision(model, media))
@@ -97,7 +109,7 @@ class SynPOTrainer(ResumableTrainer):
         if data_collator is None:
             pad = processing_class.pad_token_id
             data_collator = PairCollator(
-                processing_class.eos_token_id if pad is None else pad, self._tokens_per_pass(args), form
+                processing_class.eos_token_id if pad is None else pad, tokens_per_pass(args), form
             )
 
         super().__init__(
@@ -110,6 +122,7 @@ class SynPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             compute_metrics=compute_metrics,
         )
+        check_processes(args, self.accelerator)
         self.references = None
         if args.needs_reference:
             vision = None if ref_model is None else open_vision(ref_model, media, cached=False)
@@ -121,26 +134,39 @@ class SynPOTrainer(ResumableTrainer):
         self._means = RunningMeans()
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=args.device)
         self._window: list[int] = []
+        self._order: Sampler | None = None
+        self._measured, self._side_norms = -1, {}
         self._last_log = time.perf_counter()
-
-    def _tokens_per_pass(self, args: SynPOConfig) -> int | None:
-        if self.scorer.objective.coupled:
-            return None
-        if args.tokens_per_pass is None and args.device.type == "cpu":
-            return 1024
-        return args.tokens_per_pass
 
     # Data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        processes = self.accelerator.num_processes
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.args.train_sampling_strategy == "group_by_length":
-            window = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthGrouped(dataset.lengths(), window, self.args.data_seed or self.args.seed)
-        return super()._get_train_sampler(dataset)
+            window = self.args.train_batch_size * self.args.gradient_accumulation_steps * processes
+            sampler = LengthGrouped(dataset.lengths(), window, seed)
+        elif self.args.train_sampling_strategy == "random" and processes > 1:
+            sampler = seeded_order(dataset, seed)
+        else:
+            sampler = super()._get_train_sampler(dataset)
+        self._order = self._evened(sampler, dataset, self.args.train_batch_size)
+        return self._order
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
-        return SequentialSampler(eval_dataset)
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return self._evened(SequentialSampler(eval_dataset), eval_dataset, self.args.eval_batch_size)
+
+    def _evened(self, sampler: Sampler, dataset: Dataset, batch_size: int) -> Sampler:
+        processes = self.accelerator.num_processes
+        return sampler if processes == 1 else Evened(sampler, len(dataset), batch_size * processes)
+
+    def _run_epoch(self, model: nn.Module, epoch: int, **options: Any) -> Any:
+        # In the epoch that a run resumes in, accelerate's loader reaches no sampler behind its split over processes
+        # (accelerate 1.15: SkipBatchSampler over BatchSamplerShard), which would take the first epoch's order.
+        if isinstance(self._order, Evened):
+            self._order.set_epoch(epoch)
+        return super()._run_epoch(model=model, epoch=epoch, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -149,12 +175,14 @@ class SynPOTrainer(ResumableTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         pairs = float(sum(batch["pairs"] for batch in batches))
         if self.accelerator.num_processes > 1:
+            add_idle_passes(batches, self.accelerator)
             pairs = self.accelerator.reduce(torch.tensor(pairs, device=device), "mean").item()
         return batches, pairs
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> float:
         """6 operations per parameter and token that goes through the model, the usual estimate."""
-        return 6.0 * sum(batch["input_ids"].numel() for batch in inputs["passes"]) * self._parameter_count
+        tokens = sum(batch["input_ids"].numel() for batch in inputs["passes"] if not batch["idle"])
+        return 6.0 * tokens * self._parameter_count
 
     # A step
 
@@ -181,20 +209,39 @@ class SynPOTrainer(ResumableTrainer):
         total = torch.zeros((), device=self.args.device)
         options = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
         for number, batch in enumerate(inputs["passes"], start=1):
-            last = number == len(inputs["passes"])
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            with synchronised(self.accelerator, model, number == len(inputs["passes"])):
                 output, batch = self._loss(model, batch)
-                loss = output.loss * (len(batch["indices"]) / window)
+                loss = output.loss * (0.0 if batch["idle"] else len(batch["indices"]) / window)
+                stop_before_deepspeed(self.accelerator, loss, self.state.global_step + 1)
                 self.accelerator.backward(loss, **options)
+            metrics = pair_metrics(output, self.args)
+            if batch["idle"]:
+                self._means.add_none(metrics)
+                continue
             self._nonfinite |= ~torch.isfinite(output.loss.detach())
-            self._means.add(output.loss, pair_metrics(output, self.args))
+            self._means.add(output.loss, metrics)
             self._window += batch["indices"]
             self.num_tokens += batch["tokens"]
             self.skipped_media += batch["skipped"]
             self.truncated_pairs += batch["cut"]
             total += loss.detach()
+        self._measure_sides(model, inputs["passes"][-1])
         # The sum that transformers keeps of this would not survive one NaN; the step is counted in _get_grad_norm.
         return total.nan_to_num(0.0, 0.0, 0.0)
+
+    def _measure_sides(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Once in side_norms_every optimizer steps, for a pass of the first process, without the others."""
+        every, step = self.args.side_norms_every, self.state.global_step
+        if every is None or step % every or self._measured == step or not self.is_world_process_zero():
+            return
+        self._measured = step
+        batch, bare = self._prepare_inputs(batch), self.accelerator.unwrap_model(model)
+        refs = None
+        if self.references is not None:
+            refs = batch.get("ref_logps")
+            refs = self.references.sums(self.scorer, bare, batch) if refs is None else refs
+        with self.accelerator.autocast():
+            self._side_norms = side_norms(self.args, self.scorer, bare, batch, refs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the step's gradient; a step that is not finite ends here, before it reaches the optimizer."""
@@ -238,6 +285,8 @@ class SynPOTrainer(ResumableTrainer):
             logs["num_tokens"] = self.num_tokens
             if self.accelerator.num_processes > 1:
                 logs["num_tokens"] = int(self._sum(torch.tensor(self.num_tokens, device=self.args.device)))
+            logs |= self._side_norms
+            self._side_norms = {}
             logs["nonfinite_steps"] = self.nonfinite_steps
             logs["form_fallbacks"] = self.scorer.fallbacks
             logs["skipped_media"] = self.skipped_media
@@ -257,6 +306,9 @@ class SynPOTrainer(ResumableTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics on held-out pairs: those given at construction, or other rows."""
+        if self.is_deepspeed_enabled and not self.accelerator._models:
+            raise ValueError("DeepSpeed's engine is there from training on: evaluate after train(), or use FSDP2")
+        self._spread()
         self._precompute_references()
         if eval_dataset is not None and not isinstance(eval_dataset, str | Mapping | PairDataset):
             eval_dataset = self._tokenise(eval_dataset, name=metric_key_prefix)
@@ -279,12 +331,20 @@ class SynPOTrainer(ResumableTrainer):
         started = time.perf_counter()
         table, tokens = PairTable(), 0
         for inputs in dataloader:
+            if self.accelerator.num_processes > 1:
+                add_idle_passes([inputs], self.accelerator)
             for batch in inputs["passes"]:
                 with torch.no_grad():
                     output, batch = self._loss(model, batch)
-                table.add(batch["indices"], output.loss, pair_metrics(output, self.args))
+                metrics = pair_metrics(output, self.args)
+                if batch["idle"]:
+                    table.add_none(metrics)
+                    continue
+                table.add(batch["indices"], output.loss, metrics)
                 tokens += batch["tokens"]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.accelerator.num_processes > 1:
+            tokens = int(self._sum(torch.tensor(tokens, device=self.args.device)))
         columns = table.read(self.accelerator)
         count = len(columns["index"])
         metrics = {name: float(column.mean()) for name, column in columns.items() if name != "index"}
@@ -292,7 +352,19 @@ class SynPOTrainer(ResumableTrainer):
         values = np.stack([columns[name] for name in PAIR_COLUMNS], 1)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=values, label_ids=None))
+        folder = Path(self.args.output_dir, PAIRS_FOLDER)
+        fallen = since_first(folder, metric_key_prefix, self.state.global_step, columns, self.accelerator)
+        if fallen is not None:
+            metrics["displacement"] = fallen.share
+            if fallen.alarming:
+                logger.warning("%s pairs: %s", metric_key_prefix, fallen)
         if self.is_world_process_zero():
+            if self.args.sample_captions:
+                count, vision = self.args.sample_captions, self.scorer.vision
+                with self.accelerator.autocast():
+                    written = sample_answers(self.model, dataloader.dataset, count, vision)
+                name = f"{metric_key_prefix}-{self.state.global_step}.jsonl"
+                write_json_lines(Path(self.args.output_dir, SAMPLES_FOLDER, name), written)
             rows = zip(columns["index"].tolist(), values.tolist(), strict=True)
             records = [{"index": int(index), **dict(zip(PAIR_COLUMNS, row, strict=True))} for index, row in rows]
             write_json_lines(self.pairs_file(metric_key_prefix, self.state.global_step), records)
@@ -305,9 +377,30 @@ class SynPOTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """See ResumableTrainer.train; reference log-probs that are to be computed once come first."""
+        self._spread()
         self._precompute_references()
         self._last_log = time.perf_counter()
         return super().train(resume_from_checkpoint, **options)
+
+    def _spread(self) -> None:
+        """Give DDP or FSDP2 the model, and with it its optimizer, before any other use of it.
+
+        An evaluation would otherwise mark it as prepared without a wrapper, and training leave it so: every process
+        would train by itself. Under FSDP2 it would need all the weights on one device.
+        """
+        if self.accelerator.num_processes == 1 or self.is_deepspeed_enabled:
+            return
+        if not self.accelerator._models:
+            if self.is_fsdp_enabled:
+                name_layers(self.accelerator, base_model(self.model))
+            self.create_optimizer()
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            if self.is_fsdp_enabled:
+                self.model = self.model_wrapped
+        # Training prepares both once more, by the addresses of shards; a forward call leaves the last layers whole.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _precompute_references(self) -> None:
         # Before the first evaluation or step: a model trained as a whole is its own reference only until then.
@@ -315,8 +408,9 @@ class SynPOTrainer(ResumableTrainer):
             return
         held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         datasets = [self.train_dataset, *(dataset for dataset in held_out if dataset is not None)]
-        found = self.references.precompute(self.scorer, self.model, self.data_collator, datasets)
-        self.data_collator.references = found
+        self.data_collator.references = self.references.precompute(
+            self.scorer, self.model, self.data_collator, datasets, self.processing_class
+        )
 
 
 def _origin(model: nn.Module) -> str:
@@ -324,21 +418,6 @@ def _origin(model: nn.Module) -> str:
     if not name:
         raise ValueError("processing_class is missing and the model does not say where it came from; pass a tokenizer")
     return name
-
-
-def _trainable(model: str | nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
-    if isinstance(model, str):
-        model = load_model(model)
-    if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ValueError("peft_config is given but model already has an adapter; leave one of them out")
-        set_seed(seed)  # the adapter's first values are part of the run
-        model = get_peft_model(model, spare_vision(peft_config, model))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "the model has no trainable parameter; pass peft_config, or load the adapter with is_trainable=True"
-        )
-    return model
 
 
 def _plain(logs: Mapping[str, Any]) -> dict[str, Any]:

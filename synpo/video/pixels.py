@@ -34,6 +34,7 @@ _IMAGES = {"layout": "images", "key": "pixel_values"}
 # What each family's model takes, and its video processor's defaults (llava: its image processor's).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llava": _IMAGES | {"size": _SHORTEST, "crop_size": _CROP},
+    "auroracap": _IMAGES | {"size": {"shortest_edge": 378}, "crop_size": {"height": 378, "width": 378}},
     "internvl": _IMAGES | {"size": _SQUARE},
     "llava_onevision": _VIDEO | {"size": _SQUARE},
     "llava_next_video": _VIDEO | {"size": _SHORTEST, "crop_size": _CROP},

@@ -13,6 +13,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from synpo.auroracap import AuroraCapConfig, AuroraCapForConditionalGeneration
 from synpo.train import SynPOTrainer, lora_recipe
 from synpo.video import PixelSpec
 from tests.caption import tiny as captions
@@ -20,7 +21,8 @@ from tests.train import tiny
 from tests.video import films
 
 FAMILIES = (
-    "llava", "llava_onevision", "llava_next_video", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl", "video_llama_3"
+    "llava", "auroracap", "llava_onevision", "llava_next_video", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl",
+    "video_llama_3",
 )  # fmt: skip
 SIDE, PATCH = captions.SIZE, captions.PATCH
 FRAMES = 4
@@ -29,6 +31,7 @@ _CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "widt
 _AREA = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 16 * 16, "longest_edge": SIDE * SIDE}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "llava": _CROPPED,
+    "auroracap": _CROPPED,
     "llava_onevision": _SQUARE,
     "llava_next_video": _CROPPED,
     "internvl": _SQUARE,
@@ -77,8 +80,19 @@ def _qwen3_vl() -> PreTrainedModel:
     return made
 
 
+@cache
+def _auroracap() -> PreTrainedModel:
+    llava = captions.model("llava")
+    options = {"token_kept_ratio": 0.5, "model_type": "auroracap"}
+    made = AuroraCapForConditionalGeneration(AuroraCapConfig.from_dict(llava.config.to_dict() | options))
+    made.load_state_dict(llava.state_dict())
+    return made
+
+
 def model(family: str) -> PreTrainedModel:
     """A random model whose tower tells films apart."""
+    if family == "auroracap":
+        return copy.deepcopy(_auroracap())
     return _qwen3_vl() if family == "qwen3_vl" else copy.deepcopy(captions.model(family))
 
 

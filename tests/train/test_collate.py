@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from synpo.train.collate import LengthGrouped, PairCollator, PairDataset, sequence_key
+from synpo.train.collate import LengthGrouped, PairCollator, PairDataset
+from synpo.train.reference_table import pair_key
 from synpo.train.tokenise import Pair, PairTokenizer
 from tests.train import tiny
 
@@ -55,21 +56,18 @@ def test_a_pass_takes_as_many_pairs_as_fit(bound: int | None, groups: list[list[
     assert batch["pairs"] == 4
 
 
-def test_keys_tell_sequences_and_boundaries_apart() -> None:
+def test_keys_tell_pairs_and_boundaries_apart() -> None:
     ids = torch.arange(6)
-    keys = {sequence_key(ids[:2], ids[2:]), sequence_key(ids[:3], ids[3:]), sequence_key(ids[:2], ids[2:5])}
+    cuts = [(2, 4), (3, 4), (2, 5)]
+    keys = {pair_key(Pair(0, ids[:a], ids[a:b], ids[b:])) for a, b in cuts}
     assert len(keys) == 3
-    assert sequence_key(ids[:2], ids[2:]) == sequence_key(ids[:2].clone(), ids[2:].clone())
+    assert pair_key(Pair(7, ids[:2], ids[2:4], ids[4:].clone())) in keys
 
 
 def test_reference_sums_come_in_the_order_of_the_rows() -> None:
     pairs = [pair(1, 3, 2, 4), pair(2, 2, 5, 1)]
     collator = PairCollator(0)
-    collator.references = {
-        sequence_key(p.prompt, getattr(p, side)): value + p.index
-        for side, value in (("chosen", 10.0), ("rejected", 20.0))
-        for p in pairs
-    }
+    collator.references = {pair_key(p): (10.0 + p.index, 20.0 + p.index) for p in pairs}
     (batch,) = collator(pairs)["passes"]
     assert batch["ref_logps"].tolist() == [11.0, 12.0, 21.0, 22.0]
     with pytest.raises(ValueError, match=r"rows \[3\] have no precomputed reference"):

@@ -1,13 +1,18 @@
 """Metrics in closed form against autograd, and means over pairs."""
 
+import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from synpo.train.diagnostics import RunningMeans, pair_metrics
+from synpo.run_files import read_json_lines
+from synpo.train import samples
+from synpo.train.diagnostics import RunningMeans, displacement, pair_metrics
+from synpo.train.side_norms import side_norms
 from synpo_kernels import PreferenceOutput, objectives
-from tests.train import tiny
+from tests.train import seeing, tiny
 
 
 def output(logps: list[torch.Tensor]) -> PreferenceOutput:
@@ -61,3 +66,148 @@ def test_means_weigh_every_pair_alike() -> None:
     means.add(torch.tensor(5.0), {"rewards/chosen": torch.tensor([7.0])})
     assert means.read() == (4, {"loss": 2.0, "rewards/chosen": 4.0})
     assert means.read() == (0, {})
+
+
+# Displacement
+
+
+def columns(chosen: list[float], margins: list[float]) -> dict[str, np.ndarray]:
+    index = np.arange(float(len(chosen)))
+    return {"index": index, "logps/chosen": np.array(chosen), "rewards/margins": np.array(margins)}
+
+
+def records(found: dict[str, np.ndarray]) -> list[dict[str, float]]:
+    return [{name: column[i] for name, column in found.items()} for i in range(len(found["index"]))]
+
+
+def test_displacement_is_chosen_answers_falling_while_margins_grow() -> None:
+    before = records(columns([-1.0, -2.0, -1.5, -1.2], [0.1, 0.0, -0.1, 0.2]))
+    fallen = displacement(3, before, columns([-1.5, -2.4, -2.0, -1.6], [0.6, 0.4, 0.5, 0.7]))
+    assert fallen.alarming
+    assert fallen.share == 1.0
+    assert fallen.chosen.mean == pytest.approx(-0.45)
+    assert "since step 3 margins grew by 0.5 while chosen answers lost 0.45 nats" in str(fallen)
+    # One pair alone pays, the others gain: nothing to be alarmed about.
+    mixed = displacement(0, before, columns([-1.5, -1.0, -1.0, -1.0], [0.6, 0.4, 0.5, 0.7]))
+    assert (mixed.alarming, mixed.share) == (False, 0.25)
+    # Chosen answers fall and so do the margins: a run that gets worse, but not this failure.
+    assert not displacement(0, before, columns([-1.5, -2.4, -2.0, -1.6], [-1.0, -1.0, -1.0, -1.0])).alarming
+
+
+def test_a_run_that_makes_good_answers_unlikely_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """DPO at a rate far too high: both answers become unlikely, the rejected ones more so."""
+    rows = tiny.pairs(6, 1)
+    options = {"objective": "dpo", "max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 3e-2}
+    trainer = tiny.trainer(tmp_path, 6, train_dataset=rows, eval_dataset=rows, **options)
+    trainer.evaluate()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    evaluations = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line]
+    assert ["eval_displacement" in line for line in evaluations] == [False, True, True]
+    last = evaluations[-1]
+    told = [record for record in caplog.messages if "likelihood displacement: since step 0" in record]
+    found = displacement(0, read_json_lines(trainer.pairs_file("eval", 0)), table(trainer.pairs_file("eval", 8)))
+    assert last["eval_displacement"] == found.share > 0
+    assert found.alarming
+    assert told
+
+
+def table(file: Path) -> dict[str, np.ndarray]:
+    rows = read_json_lines(file)
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+
+
+# Norms of the sides
+
+
+@pytest.mark.parametrize("objective", ["synpo", "dpo", "simpo"])
+def test_norms_of_the_sides_are_those_of_separate_losses(tmp_path: Path, objective: str) -> None:
+    trainer = tiny.trainer(tmp_path, 3, objective=objective, per_device_train_batch_size=3)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    (batch,) = trainer.data_collator(trainer.train_dataset.pairs)["passes"]
+    scorer, model, args = trainer.scorer, trainer.model, trainer.args
+    refs = None
+    if trainer.references is not None:
+        refs = trainer.references.sums(scorer, model, batch)
+    found = side_norms(args, scorer, model, batch, refs)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    function = objectives.REGISTRY[objective].function
+    bounds = batch["cu_seqlens"]
+    first_rejected = int(bounds[3])
+
+    def norm(chosen: bool, **changes: float) -> float:
+        logps = scorer.logps(model, batch)
+        side = torch.arange(len(logps)) < first_rejected
+        only = torch.where(side == chosen, logps, logps.detach())
+        loss = function(only, bounds, ref_logps=refs, **{**args.hyperparameters, **changes}).mean()
+        parts = torch.autograd.grad(loss, weights)
+        return float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())
+
+    ranking = {"beta": 0.0} if objective == "synpo" else {}
+    assert found["grad_norm/chosen"] == pytest.approx(norm(True, **ranking), rel=1e-4)
+    assert found["grad_norm/rejected"] == pytest.approx(norm(False, **ranking), rel=1e-4)
+    assert ("grad_norm/language" in found) == (objective == "synpo")
+    assert len(set(found.values())) == len(found)
+
+
+def test_measuring_the_sides_changes_nothing(tmp_path: Path) -> None:
+    options = {"max_steps": 5, "dropout": 0.2, "gradient_accumulation_steps": 2}
+    plain = tiny.trainer(tmp_path / "plain", 10, **options)
+    measured = tiny.trainer(tmp_path / "measured", 10, side_norms_every=2, **options)
+    for trainer in (plain, measured):
+        torch.manual_seed(0)
+        trainer.train()
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), measured.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    lines = [line for line in read_json_lines(tmp_path / "measured" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines if "grad_norm/chosen" in line] == [1, 3, 5]
+
+
+# Samples
+
+
+def greedy(model: torch.nn.Module, ids: torch.Tensor, count: int, **options: object) -> list[int]:
+    """Without a cache."""
+    found: list[int] = []
+    for _ in range(count):
+        whole = torch.cat([ids, torch.tensor(found, dtype=torch.int64)])[None]
+        found.append(int(model(input_ids=whole, **options).logits[0, -1].argmax()))
+    return found
+
+
+def test_samples_are_greedy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MOST_TOKENS", 6)
+    trainer = tiny.trainer(tmp_path, 4, eval_dataset=tiny.pairs(3, 1), sample_captions=2, max_steps=1)
+    trainer.evaluate()
+    trainer.train()
+    written = read_json_lines(tmp_path / "eval_samples" / "eval-0.jsonl")
+    assert [record["index"] for record in written] == [0, 1]
+    pair = trainer.eval_dataset[0]
+    ids = greedy(tiny.model().eval(), pair.prompt, 6)
+    end = next((i for i, token in enumerate(ids) if token in (2, int(pair.chosen[-1]))), 6)
+    assert written[0]["answer"] == tiny.tokenizer().decode(ids[:end], skip_special_tokens=True)
+    assert written[0]["chosen"] == tiny.pairs(3, 1)[0]["chosen"][0]["content"]
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "auroracap"])
+def test_samples_of_videos(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "MOST_TOKENS", 5)
+    trainer = seeing.trainer(tmp_path, family, 2)
+    pair = trainer.train_dataset[1]
+    model = trainer.model.eval()
+    got = samples._greedy(model, pair, trainer.scorer.vision, trainer.processing_class)
+    media = trainer.scorer.vision.options(model, [pair.media])
+    found: list[int] = []
+    for _ in range(5):
+        ids = torch.cat([pair.prompt, torch.tensor(found, dtype=torch.int64)])
+        places = torch.arange(len(ids)) if pair.places is None else torch.cat(
+            [pair.places, (pair.places.max() + 1 + torch.arange(len(found))).expand(3, -1)], 1
+        )  # fmt: skip
+        logits = model(input_ids=ids[None], position_ids=places.unsqueeze(-2), use_cache=False, **media).logits
+        found.append(int(logits[0, -1].argmax()))
+    end = next((i for i, token in enumerate(found) if token in (2, int(pair.chosen[-1]))), 5)
+    assert got == found[:end]

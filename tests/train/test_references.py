@@ -4,14 +4,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 
-from synpo.train import SynPOTrainer, lora_recipe
+from synpo.train import SynPOTrainer, lora_recipe, references
 from synpo.train.passes import PairScorer
+from synpo.train.reference_table import Identity, read_tables, write_table
 from tests.train import tiny
 
 OPTIONS: dict[str, Any] = {"objective": "dpo", "max_steps": 6, "optim": "sgd", "learning_rate": 0.3}
@@ -67,7 +68,10 @@ def test_cached_values_are_used_and_keyed(tmp_path: Path, monkeypatch: pytest.Mo
     before = first.evaluate()
     assert sum(calls) == 11  # 8 + 3 pairs, once
     (file,) = (tmp_path / "cache").iterdir()
-    assert {name: tuple(t.shape) for name, t in load_file(file).items()} == {"keys": (22, 32), "sums": (22,)}
+    assert file.suffix == ".parquet"
+    rows = pq.read_table(file).to_pylist()
+    assert len({row["pair"] for row in rows}) == len(rows) == 11
+    assert len({(row["model"], row["template"]) for row in rows}) == 1
 
     calls.clear()
     again = tiny.trainer(tmp_path / "b", 8, eval_dataset=held_out, **options)
@@ -82,14 +86,54 @@ def test_cached_values_are_used_and_keyed(tmp_path: Path, monkeypatch: pytest.Mo
     other.train()
     assert sum(calls) == 8  # another model, another file
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    calls.clear()
+    tiny.trainer(tmp_path / "e", 8, peft_config=lora_recipe(r=2, targets=("q_proj",)), **options).train()
+    tiny.trainer(tmp_path / "f", 8, lora=False, **options).train()
+    assert calls == []  # the adapter does not matter to the reference, nor whether there is one
+    told = tiny.tokenizer(tiny.TEMPLATE + "{# the same words #}")
+    tiny.trainer(tmp_path / "g", 8, processing_class=told, **options).train()
+    assert sum(calls) == 8  # another template, though it writes the same
+
+
+def test_an_interrupted_precomputation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = OPTIONS | {"precompute_ref_logps": True, "max_steps": 1}
+    monkeypatch.setattr(references, "CHUNK", 3)
+    calls: list[int] = []
+    sums = PairScorer.sums
+
+    def dies_once(self: PairScorer, model: Any, batch: dict[str, Any]) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return sums(self, model, batch)
+
+    monkeypatch.setattr(PairScorer, "sums", dies_once)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.trainer(tmp_path, 8, **options).train()
+    calls[:] = [0] * 5
+    tiny.trainer(tmp_path, 8, **options).train()
+    assert len(calls) - 5 == 8 - 3
+
+
+def test_tables_can_lie_side_by_side(tmp_path: Path) -> None:
+    """Rows of another model or template are passed over; tables of one reference add up."""
+    mine, other = Identity("a" * 32, "b" * 32), Identity("c" * 32, "b" * 32)
+    write_table(tmp_path, mine, {"1": (-1.0, -2.0)}).rename(tmp_path / "from elsewhere.parquet")
+    write_table(tmp_path, mine, {"2": (-3.0, -4.0)})
+    write_table(tmp_path, other, {"1": (-9.0, -9.0)})
+    assert {pair: tuple(sums) for pair, sums in read_tables(tmp_path, mine).items()} == {
+        "1": (-1.0, -2.0),
+        "2": (-3.0, -4.0),
+    }
+    assert read_tables(tmp_path, Identity(mine.model, "d" * 32)) == {}
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     options = OPTIONS | {"precompute_ref_logps": True, "ref_cache_dir": str(tmp_path / "cache"), "max_steps": 1}
     tiny.trainer(tmp_path / "a", **options).train()
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match=r"is not a file of reference log-probs .*delete it"):
+    file.write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"is not a table of reference log-probs .*delete it"):
         tiny.trainer(tmp_path / "b", **options).train()
 
 

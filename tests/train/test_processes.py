@@ -1,0 +1,200 @@
+"""Two processes give what one gives: DDP, and FSDP2 as accelerate sets it up from the shipped configurations."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from synpo.run_files import read_json_lines
+from synpo.train.processes import Evened, check_processes
+from tests.train import ranks, tiny
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "accelerate"
+KINDS = ("ddp", "fsdp2")
+
+
+def environment(name: str) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for a shipped configuration, but for its bf16."""
+    words = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--num_processes", "2", "--mixed_precision", "no", "x.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    made = prepare_multi_gpu_env(args)
+    return {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_")) and os.environ.get(k) != v}
+
+
+def run_two(folder: Path, kinds: dict[str, dict[str, str]], **more: str) -> Path:
+    """Two processes of tests.train.ranks, and what they left behind."""
+    (folder / "kinds.json").write_text(json.dumps(kinds))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | more | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.ranks", str(folder)], cwd=ROOT, text=True,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_two(tmp_path_factory.mktemp("two"), {kind: environment(kind) for kind in KINDS})
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[tuple[str, str], Any]:
+    return torch.load(folder / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same runs in this process, made when first asked for."""
+
+    class Runs(dict):
+        def __missing__(self, name: str) -> Any:
+            self[name] = ranks.trained(tmp_path_factory.mktemp("one"), 1, **ranks.RUNS[name])
+            return self[name]
+
+    return Runs()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in ranks.runs_of(kind)])
+def test_gradients_are_those_of_one_process(
+    found: dict[tuple[str, str], Any], alone: dict[str, Any], kind: str, name: str
+) -> None:
+    two, one = found[kind, name], alone[name]
+    assert len(one["steps"]) == len(two["steps"]) > 1
+    torch.testing.assert_close(two["steps"], one["steps"], atol=1e-5, rtol=1e-5)
+    assert two["weights"].keys() == one["weights"].keys()
+    for weight, expected in two["weights"].items():
+        torch.testing.assert_close(expected, one["weights"][weight], atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
+    if one["eval"][0] is not None:
+        assert two["eval"] == pytest.approx(one["eval"], abs=1e-5)
+        assert abs(one["eval"][1] - one["eval"][0]) > 1e-4
+
+
+def zero3_environment() -> dict[str, str]:
+    """The variables that `accelerate launch` sets for zero3.yaml, for 2 micro-batches a step and without bf16."""
+    words = ["--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2", "--mixed_precision", "no", "x.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    _, made = prepare_deepspeed_cmd_env(args)
+    kept = {name: value for name, value in made.items() if name.startswith("ACCELERATE_")}
+    return kept | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero3_gives_the_losses_and_weights_of_one_process(
+    tmp_path_factory: pytest.TempPathFactory, alone: dict[str, Any]
+) -> None:
+    made = zero3_environment()
+    folder = run_two(tmp_path_factory.mktemp("zero3"), {"zero3": {}}, **made)
+    found = torch.load(folder / "found.pt")
+    for name in ranks.ZERO3:
+        two, one = found["zero3", name], alone[name]
+        torch.testing.assert_close(two["steps"], one["steps"], atol=1e-5, rtol=1e-5, msg=name)
+        for weight, expected in one["weights"].items():
+            torch.testing.assert_close(two["weights"][weight], expected, atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
+        assert two["eval"][1] == pytest.approx(one["eval"][1], abs=1e-5)
+    saved = load_file(folder / "zero3" / "shared" / "adapter_model.safetensors")
+    weights = found["zero3", "shared"]["weights"]
+    assert len(saved) == len(weights)
+    for name, weight in saved.items():
+        torch.testing.assert_close(weight, weights[name.replace(".weight", ".default.weight")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", ranks.STOPS)
+def test_resumed_is_uninterrupted(found: dict[tuple[str, str], Any], kind: str, step: int) -> None:
+    """Bit for bit, losses, gradient norms, token counts and weights, from the middle of epoch 1 and of epoch 2."""
+    run = found[kind, f"resumed {step}"]
+    assert len(run["whole"]["steps"]) == 6
+    assert torch.equal(run["resumed"]["steps"], run["whole"]["steps"])
+    for name, weight in run["whole"]["weights"].items():
+        assert torch.equal(run["resumed"]["weights"][name], weight), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_saved_adapter_is_whole(folder: Path, found: dict[tuple[str, str], Any], kind: str) -> None:
+    saved = load_file(folder / kind / "shared" / "adapter_model.safetensors")
+    weights = found[kind, "shared"]["weights"]
+    assert len(saved) == len(weights)
+    for name, weight in saved.items():
+        assert torch.equal(weight, weights[name.replace(".weight", ".default.weight")]), name
+
+
+def test_the_command_in_two_processes(folder: Path, found: dict[tuple[str, str], Any]) -> None:
+    assert found["ddp", "command"]["status"] == 0
+    run = folder / "ddp" / "command" / "run"
+    assert {path.name for path in run.iterdir()} >= {"adapter_model.safetensors", "config.yaml", "metrics.jsonl"}
+    assert sorted(path.name for path in (run / "eval_pairs").iterdir()) == ["eval-0.jsonl", "eval-2.jsonl"]
+    steps = [line for line in read_json_lines(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert not list(run.rglob("*.partial"))
+
+
+def test_processes_needed_different_numbers_of_passes(tmp_path: Path) -> None:
+    """What the runs above rely on to reach idle passes: uneven passes, and a batch of repeats alone."""
+    trainer = ranks.build(tmp_path, 1)
+    order = list(Evened(trainer._get_train_sampler(), 9, 4))
+    assert len(order) == 12
+    assert order[9:] == [i + 9 for i in order[:3]]
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in order[k : k + 2]]) for k in range(0, 12, 2)]
+    counts = [len(batch["passes"]) for batch in batches]
+    assert any(a != b for a, b in zip(counts[::2], counts[1::2], strict=True))
+    assert [batch["pairs"] for batch in batches] == [2, 2, 2, 2, 1, 0]
+    assert [batch["passes"][0]["idle"] for batch in batches] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "cache", "message"),
+    [
+        (DistributedType.MULTI_CPU, None, None, "FSDP is asked for on CPUs, where accelerate shards nothing"),
+        (DistributedType.FSDP, {"fsdp_version": 1}, None, "fsdp_version is 1; adapters need FSDP2"),
+        (
+            DistributedType.FSDP,
+            {"state_dict_type": "SHARDED_STATE_DICT"},
+            None,
+            "fsdp_state_dict_type is SHARDED_STATE_DICT, with which no model is saved at the end",
+        ),
+        (DistributedType.FSDP, {"cpu_ram_efficient_loading": True}, "cache", "vision_cache is set, and with fsdp_cpu"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: DistributedType,
+    plugin: dict[str, Any] | None,
+    cache: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    options = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"} | (plugin or {})
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**options))
+    args = tiny.arguments(tmp_path, vision_cache=cache)
+    with pytest.raises(ValueError, match=message):
+        check_processes(args, SimpleNamespace(distributed_type=kind, state=state))
