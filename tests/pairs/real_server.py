@@ -1,7 +1,7 @@
-"""`python -m tests.pairs.real_server MODEL.gguf`: real videos, a tiny captioner, and llama.cpp's server as the judge.
+"""`python -m tests.pairs.real_server MODEL.gguf`: a real video, a tiny captioner, and llama.cpp's server as the judge.
 
 Needs the package xllamacpp, which is no dependency of the tests. The captions are words without sense; what is tried is
-the way from videos to scores through a server that nobody here wrote: schemas, refusals of forms, truncated answers.
+the way from a video to scores through a server that nobody here wrote: schemas, refusals of forms, truncated answers.
 """
 
 import json
@@ -39,11 +39,10 @@ def main(gguf: str) -> None:
         root = Path(folder)
         tiny.save_llava(root / "model")
         (root / "videos").mkdir()
-        for name in ("bikes", "carphone_pristine"):
-            (root / "videos" / f"{name}.mp4").symlink_to(real(name))
+        (root / "videos" / "bikes.mp4").symlink_to(real("bikes"))
         words = ["pairs", "--videos", str(root / "videos"), "--model", str(root / "model"), "--out", str(root / "out")]
         words += ["--judge", Path(gguf).stem, "--judge_url", f"{server.listening_address}/v1", "--concurrency", "2"]
-        words += ["--judge_options", '{"max_tokens": 160}', "--candidates", "3", "--num_frames", "2"]
+        words += ["--judge_options", '{"max_tokens": 400}', "--candidates", "3", "--num_frames", "2"]
         words += ["--max_new_tokens", "12", "--min_score_gap", "0.1"]
         for run in ("first", "second"):
             code = cli.main(words)
@@ -53,9 +52,10 @@ def main(gguf: str) -> None:
             cache.close()
         answers = [json.loads(line) for line in (root / "answers.jsonl").read_text().splitlines()]
         print("finish reasons:", dict(Counter(answer["finish_reason"] for answer in answers)))
-        print("scores:", (root / "out" / "report" / "statistics.json").read_text()[:1500])
-        for answer in answers[:3]:
-            print(answer["purpose"], repr(answer["text"]))
+        for answer in answers:
+            print(f"{answer['purpose']}: {answer['finish_reason']}: {answer['text'][:160]!r}")
+        report = json.loads((root / "out" / "report" / "statistics.json").read_text())
+        print(json.dumps({name: report[name] for name in ("candidates", "scores", "lost", "judge_problems", "cost")}))
     sys.stdout.flush()
     os._exit(0)  # the server's threads do not end by themselves
 
