@@ -4,13 +4,16 @@ import shutil
 
 import pytest
 
+from synpo import cli
 from synpo.judge import OracleJudge
 from synpo.pairs.ray_captions import RayCaptioner
 from synpo.pairs.video_lists import folder_videos
+from tests.caption import tiny
 from tests.judge.loopback import true_score
 
 from .making import FakeCaptioner, make_videos
 from .test_build import build, contents, rows
+from .test_command import ORACLE, SMALL
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -43,6 +46,20 @@ def test_the_same_pairs_as_on_one_machine(tmp_path):
     finally:
         ray.shutdown()
         shutil.rmtree(tmp_path / "many")
+
+
+def test_the_command_with_a_model(tmp_path):
+    """Each worker loads the model itself."""
+    folder = make_videos(tmp_path / "videos", 2)
+    tiny.save_llava(tmp_path / "model")
+    words = ["pairs", "--videos", str(folder), "--model", str(tmp_path / "model"), "--judge", ORACLE, *SMALL]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0
+        assert cli.main([*words, "--out", str(tmp_path / "many"), "--ray", "2"]) == 0
+        assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    finally:
+        ray.shutdown()
 
 
 def test_workers():
