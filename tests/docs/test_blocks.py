@@ -106,7 +106,7 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert re.search(rf"^{name}( \?=|:)", makefile, re.M), f"{command}: the Makefile has no {name}"
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        for name in re.findall(r"synpo\[(\w+)\]", command):
+        for name in re.findall(r"(?:synpo|\.)\[(\w+)\]", command):
             assert name in project["optional-dependencies"], command
     elif program == "accelerate":
         assert rest[:2] == ["launch", "--config_file"], command
