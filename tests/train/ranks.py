@@ -110,10 +110,12 @@ def resumed(folder: Path, processes: int, step: int, **changes: Any) -> Result:
 def commanded(folder: Path) -> int:
     """`synpo train` in every process: its exit status."""
     folder.mkdir(parents=True, exist_ok=True)
-    model, data = folder / f"model-{os.environ['RANK']}", folder / f"pairs-{os.environ['RANK']}.jsonl"
-    tiny.model().save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
-    write_json_lines(data, tiny.pairs(9))
+    model, data = folder / "model", folder / "pairs.jsonl"
+    tiny.model().save_pretrained(model)  # of several processes the first one writes
+    if os.environ["RANK"] == "0":
+        tiny.tokenizer().save_pretrained(model)
+        write_json_lines(data, tiny.pairs(9))
+    torch.distributed.barrier()
     words = {
         "model": model, "data": data, "output_dir": folder / "run", "max_steps": 2, "eval_fraction": 0.3,
         "gradient_accumulation_steps": 1, "save_strategy": "no", "disable_tqdm": True,

@@ -32,6 +32,8 @@ def test_every_own_option_is_listed() -> None:
         "vision_cache_gb",
         "fused",
         "workspace_mb",
+        "side_norms_every",
+        "sample_captions",
         "max_nonfinite_steps",
     ]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from synpo.run_files import read_json_lines
+from synpo.run_files import read_json_lines, write_json_lines
 from synpo.train import samples
 from synpo.train.diagnostics import RunningMeans, displacement, pair_metrics
 from synpo.train.side_norms import side_norms
@@ -95,21 +95,24 @@ def test_displacement_is_chosen_answers_falling_while_margins_grow() -> None:
 
 
 def test_a_run_that_makes_good_answers_unlikely_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """DPO at a rate far too high: both answers become unlikely, the rejected ones more so."""
+    """A first evaluation that had chosen answers likelier by a nat and margins smaller by one."""
     rows = tiny.pairs(6, 1)
-    options = {"objective": "dpo", "max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 3e-2}
-    trainer = tiny.trainer(tmp_path, 6, train_dataset=rows, eval_dataset=rows, **options)
+    trainer = tiny.trainer(tmp_path, 6, eval_dataset=rows, max_steps=4, eval_strategy="steps", eval_steps=2)
     trainer.evaluate()
+    first = trainer.pairs_file("eval", 0)
+    records = read_json_lines(first)
+    for record in records:
+        record["logps/chosen"] += 1.0
+        record["rewards/margins"] -= 1.0
+    write_json_lines(first, records)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     evaluations = [line for line in read_json_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line]
     assert ["eval_displacement" in line for line in evaluations] == [False, True, True]
-    last = evaluations[-1]
-    told = [record for record in caplog.messages if "likelihood displacement: since step 0" in record]
-    found = displacement(0, read_json_lines(trainer.pairs_file("eval", 0)), table(trainer.pairs_file("eval", 8)))
-    assert last["eval_displacement"] == found.share > 0
+    found = displacement(0, records, table(trainer.pairs_file("eval", 4)))
+    assert evaluations[-1]["eval_displacement"] == found.share == 1.0
     assert found.alarming
-    assert told
+    assert f"eval pairs: {found}" in caplog.messages
 
 
 def table(file: Path) -> dict[str, np.ndarray]:
