@@ -100,7 +100,8 @@ def test_gradients_are_those_of_one_process(
 def zero3_environment() -> dict[str, str]:
     """The variables that `accelerate launch` sets for zero3.yaml, for 2 micro-batches a step and without bf16."""
     words = ["--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2", "--mixed_precision", "no", "x.py"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, made = prepare_deepspeed_cmd_env(args)
     kept = {name: value for name, value in made.items() if name.startswith("ACCELERATE_")}
     return kept | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "DS_ACCELERATOR": "cpu"}
