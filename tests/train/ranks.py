@@ -127,9 +127,9 @@ def commanded(folder: Path) -> int:
 def _whole(parameter: Tensor) -> Tensor:
     found = parameter.detach()
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
