@@ -1,10 +1,11 @@
-"""The wheel and the sdist hold what they must: built without torch in sight, so that nothing is compiled."""
+"""The wheel and the sdist hold what they must; a wheel compiled from the sdist works where nothing else of it is."""
 
 import email
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -82,3 +83,37 @@ def test_the_library_holds_for_every_python_and_torch() -> None:
     python = re.compile(r"_?Py[A-Z_]")
     torch_classes = re.compile(r"_ZNK?(2at|3c10|5torch|8caffe2)")
     assert not [name for name in wanted if python.match(name) or torch_classes.match(name)]
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(built: Path, tmp_path: Path) -> None:
+    """Compiled from the sdist, installed where nothing of this tree is; what it depends on is lent by this one."""
+    if not native.status()["built"]:
+        pytest.skip("needs the compiler that built the C++ kernels here")
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    _run(sys.executable, "-c", build, cwd=tree)
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert "-cp311-abi3-" in wheel.name
+    _run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "own"), cwd=tmp_path)
+    python = tmp_path / "own" / "bin" / "python"
+    install = ("install", "--no-deps", "--no-index", "-q", "--disable-pip-version-check", str(wheel))
+    _run(sys.executable, "-m", "pip", "--python", str(python), *install, cwd=tmp_path)
+    (packages,) = (tmp_path / "own").glob("lib/python*/site-packages")
+    # A folder named in a .pth file is searched, but its own .pth files are not read: this tree stays out of sight.
+    (packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = _run(
+        str(python), "-c", "import synpo, synpo_kernels; print(synpo.__file__, synpo_kernels.__file__)", cwd=tmp_path
+    )
+    assert where.count(str(packages)) == 2
+    library = str(packages / "synpo_kernels" / "_C.abi3.so")
+    assert library in _run(str(tmp_path / "own" / "bin" / "synpo"), "env", cwd=tmp_path)
+    _run(str(python), "-m", "synpo_kernels.selftest", cwd=tmp_path)
+
+
+def _run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
