@@ -18,6 +18,7 @@
 #include <limits>
 #include <vector>
 
+#include "dtypes.h"
 #include "isa.h"
 #include "row_kernels.h"
 #include "threads.h"
@@ -49,21 +50,6 @@ double philox(uint64_t key, uint64_t counter) {
   return static_cast<double>((uint64_t{x0 >> 5} << 26) + (x1 >> 6)) * 0x1p-53;
 }
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "logits must be float64, float32, bfloat16 or float16");
-  }
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The rows of both views.
@@ -77,7 +63,7 @@ struct Views {
   Views(const Tensor& full, const std::optional<Tensor>& other) : B(full.size(0)), V(full.size(1)) {
     STD_TORCH_CHECK(full.dim() == 2 && full.stride(1) == 1, "logits must be (B, V) with neighbouring tokens side by side");
     STD_TORCH_CHECK(V >= 1 && V <= std::numeric_limits<int32_t>::max(), "logits must have 1 to 2^31 - 1 columns");
-    dtype = dtype_of(full);
+    dtype = dtype_of(full, "logits");
     logits = static_cast<const char*>(full.const_data_ptr());
     stride = full.stride(0) * full.element_size();
     contrast = nullptr;

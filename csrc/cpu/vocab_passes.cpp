@@ -3,6 +3,7 @@
 #include <cmath>
 #include <string>
 
+#include "dtypes.h"
 #include "isa.h"
 #include "vector.h"
 #include "vocab_sweep.h"
@@ -14,21 +15,6 @@ using torch::headeronly::ScalarType;
 
 // Working memory of the stored form, whose ops take no bound: their caller bounds the rows.
 constexpr int64_t kStoredWorkspace = 64 << 20;
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
-  }
-}
 
 Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be (", rows,
