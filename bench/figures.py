@@ -126,8 +126,12 @@ def step_table(path: Path) -> str:
         f"| training step, {one['pairs']} pairs of {one['max_length']} tokens, LoRA | time | peak memory |",
         "|---|---|---|",
     ]
-    names = {"synpo-eager": "synpo, plain PyTorch loss", "trl-dpo": f"trl {one['trl']} DPO",
-             "trl-simpo": f"trl {one['trl']} SimPO"}  # fmt: skip
+    names = {
+        "synpo-eager": "synpo, plain PyTorch loss",
+        "synpo-low-memory": "synpo, `low_host_memory`",
+        "trl-dpo": f"trl {one['trl']} DPO",
+        "trl-simpo": f"trl {one['trl']} SimPO",
+    }
     for name, row in rows.items():
         lines.append(f"| {names.get(name, name)} | {float(row['step_s']):.1f} s | {row['peak_mb']} MB |")
     return "\n".join(lines)

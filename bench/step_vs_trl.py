@@ -5,7 +5,7 @@
 Every trainer gets the same texts: pairs whose two answers both fill --max-length are taken, and their answers are cut
 so that prompt and answer together stay just under it. So no trainer truncates, none pads, and what a trainer gains on
 short pairs is not in the figures. LoRA dropout is 0 throughout, because trl's default switches it off. trl's DPO
-takes its reference from the adapter switched off.
+takes its reference from the adapter switched off. synpo-low-memory is the option low_host_memory.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .measure import commit, device_name
 from .memory import Peak, peak_resident_mb
 
-TRAINERS = ("trl-dpo", "trl-simpo", "synpo", "synpo-eager")
+TRAINERS = ("trl-dpo", "trl-simpo", "synpo", "synpo-low-memory", "synpo-eager")
 COLUMNS = [
     "date", "commit", "device", "torch", "transformers", "trl", "trainer", "pairs", "max_length", "sequence_tokens",
     "answer_tokens", "step_s", "peak_mb", "peak_extra_mb", "loss",
@@ -122,7 +122,8 @@ def trainer_for(
         return CPOTrainer(args=config, **rest)
     from synpo import SynPOConfig, SynPOTrainer
 
-    return SynPOTrainer(args=SynPOConfig(objective="synpo", fused=name == "synpo", **shared), **rest)
+    ours = {"fused": name != "synpo-eager", "low_host_memory": name == "synpo-low-memory"}
+    return SynPOTrainer(args=SynPOConfig(objective="synpo", **ours, **shared), **rest)
 
 
 def _count_tokens(batch: dict[str, Any]) -> tuple[int, int]:

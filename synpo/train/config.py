@@ -81,6 +81,10 @@ class SynPOConfig(TrainingArguments):
         "Working memory of the fused loss in MB (2^20 bytes). Default: 64 on a CPU and 640 on a GPU; 256 and 1300 with "
         "a trainable head.",
     )
+    low_host_memory: bool = option(
+        False,
+        "On a CPU: freed tensors go back to the system at once. A third less memory, a tenth to a quarter slower.",
+    )
     side_norms_every: int | None = option(
         None, "Every so many optimizer steps, norms of the real gradients of the chosen side, the rejected side and "
         "synpo's language term, of one pass; three more backward passes then. Default: never.",

@@ -71,7 +71,7 @@ def model_card(trainer: SynPOTrainer, origin: Origin) -> str:
         "## Result\n",
         _result(trainer, origin),
         "## Use\n",
-        f"```python\nfrom synpo.train import load_model, load_tokenizer\n\nfolder = \"{title}\"  # this one\n"
+        f'```python\nfrom synpo.train import load_model, load_tokenizer\n\nfolder = "{title}"  # this one\n'
         "model, tokenizer = load_model(folder), load_tokenizer(folder)\n```\n",
         "## Versions\n",
         _table(_versions()),

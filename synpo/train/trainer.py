@@ -91,8 +91,8 @@ class SynPOTrainer(ResumableTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start one process each, with torchrun or accelerate launch"
             )
-        if args.device.type == "cpu":
-            return_freed_tensors()
+        if args.low_host_memory and not return_freed_tensors():
+            logger.warning("low_host_memory has no effect here: MALLOC_MMAP_THRESHOLD_ is set, or this is not glibc")
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else _origin(model))
         model = trainable(load_model(model) if isinstance(model, str) else model, peft_config, args.seed)

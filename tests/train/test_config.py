@@ -32,6 +32,7 @@ def test_every_own_option_is_listed() -> None:
         "vision_cache_gb",
         "fused",
         "workspace_mb",
+        "low_host_memory",
         "side_norms_every",
         "sample_captions",
         "max_nonfinite_steps",

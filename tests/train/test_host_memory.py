@@ -4,10 +4,14 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-# Eight tensors of 4 MB each side by side, every second kept: the heap could not shrink over the kept ones.
+from synpo.train.host_memory import return_freed_tensors
+from tests.train import tiny
+
+# 64 tensors of 4 MB each side by side, every second kept: the heap could not shrink over the kept ones.
 PROGRAM = """
 import sys, torch
 from pathlib import Path
@@ -42,7 +46,14 @@ def test_freed_tensors_leave_the_process() -> None:
 
 
 def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from synpo.train.host_memory import return_freed_tensors
-
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "2000000")
     assert not return_freed_tensors()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_trainer_sets_it_where_asked(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "2000000")  # so that this process stays as it is
+    tiny.trainer(tmp_path, low_host_memory=asked)
+    assert ("low_host_memory has no effect here" in caplog.text) == asked
