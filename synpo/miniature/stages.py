@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .. import cli
 from ..evaluate import paired_bootstrap
 from ..evaluate.files import read_hypotheses
-from ..run_files import read_json_lines, write_atomically
+from ..run_files import read_json_lines, write_atomically, write_json_lines
 from .captioner import WEIGHTS
 from .films import make_films, references
 from .grammar import read
@@ -37,7 +37,6 @@ RECIPE = {
     "per_device_train_batch_size": "32",
     "gradient_accumulation_steps": "1",
     "per_device_eval_batch_size": "32",
-    "eval_fraction": "0.1",
     "max_length": "128",
     "save_strategy": "no",
 }
@@ -58,6 +57,11 @@ class World(NamedTuple):
     @property
     def pairs(self) -> Path:
         return self.folder / "pairs"
+
+    @property
+    def sides(self) -> dict[str, Path]:
+        """Pairs by the option of `synpo train` that they are for."""
+        return {"data": self.folder / "pairs-train.jsonl", "eval_data": self.folder / "pairs-held-out.jsonl"}
 
     def captions(self, way: str) -> Path:
         """Captions of the test films by the untrained model."""
@@ -101,7 +105,20 @@ def prepare(folder: Path, *, films: int, test_films: int, seed: int, model: str 
         "pairs", "--videos", str(folder / "films"), "--model", model, "--judge", JUDGE, "--out", str(world.pairs),
         "--min_score_gap", "3", "--max_new_tokens", LENGTH, "--videos_together", "16", "--seed", str(seed),
     )  # fmt: skip
+    _hold_out(world)
     return world
+
+
+def _hold_out(world: World) -> None:
+    """Pairs of every tenth film aside. `synpo train` would choose by the films' whole paths, so that a demo in another
+    folder would have other numbers.
+    """
+    pairs = read_json_lines(world.pairs / "pairs.jsonl")
+    names = sorted({pair["provenance"]["video"]["name"] for pair in pairs})
+    aside = set(names[::10])
+    for option, path in world.sides.items():
+        side = [p for p in pairs if (p["provenance"]["video"]["name"] in aside) == (option == "eval_data")]
+        write_json_lines(path, side)
 
 
 def _caption(world: World, model: str, way: str, out: Path) -> None:
@@ -117,10 +134,11 @@ def train(world: World, run: Path, *, objective: str, rate: float, steps: int) -
     """
     for way in WAYS:
         (run / f"{way}.jsonl").unlink(missing_ok=True)  # of a model that was there before
-    options = RECIPE | {"objective": objective, "learning_rate": f"{rate:g}", "max_steps": str(steps)}
+    options = RECIPE | {name: str(path) for name, path in world.sides.items()}
+    options |= {"objective": objective, "learning_rate": f"{rate:g}", "max_steps": str(steps)}
     call(
-        "train", "--model", world.model, "--data", str(world.pairs), "--output_dir", str(run), "--seed",
-        str(world.seed), "--vision_cache", str(world.folder / "features"),
+        "train", "--model", world.model, "--output_dir", str(run), "--seed", str(world.seed),
+        "--vision_cache", str(world.folder / "features"),
         *(word for name, value in options.items() for word in (f"--{name}", value)),
     )  # fmt: skip
     for way in WAYS:
