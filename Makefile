@@ -18,8 +18,10 @@ PART ?=
 demo: $(VENV)/.installed
 	$(BIN)/synpo demo
 
+# One process a core, one thread each; then, alone, what compares times.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --benchmark-disable --ignore tests/bench/test_speed.py
+	$(BIN)/python -m pytest tests/bench/test_speed.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
