@@ -46,7 +46,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Errors: ValueError naming file and line for any other line that is not JSON.
     """
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # not splitlines: a string in JSON may hold U+2028 and other ends of lines that are none here
+    lines = path.read_text(encoding="utf-8").rstrip().split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))

@@ -1,21 +1,23 @@
-"""`synpo evaluate`: captions against references, alone or two files of them compared; a model for other harnesses."""
+"""`synpo evaluate`: captions of files or of a model, alone or two of them compared; a model for other harnesses."""
 
 import argparse
 import asyncio
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..options import add_options, given_options, option
 from ..run_files import write_atomically
-from .bootstrap import Change, paired_bootstrap, paired_bootstrap_of_sums
+from .bootstrap import Change, paired_bootstrap_of_sums
 from .captions import Metric, measure
-from .files import read_hypotheses, read_quizzes, read_references
+from .files import Quiz, read_hypotheses, read_quizzes, read_references
 from .meteor import find
+from .model import PROTOCOLS, caption_videos
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,16 @@ class EvaluateConfig:
 
     captions: list[str] = option([], "One file of captions, or two: before and after. Or: export HARNESS.")
     references: str = option("", "File of references; see docs/evaluate.md for its layouts. Required.")
+    split: str = option("", "Take references of this split alone; MSR-VTT's file tells them apart.")
     out: str = option("", "Write all numbers to this file, as JSON. With export: folder to write to.")
     partial: bool = option(False, "Leave out, counted, videos that have not all of captions and references.")
     meteor: str = option("auto", "METEOR, which needs Java: auto (where it can run), on, off.")
     resamples: int = option(2000, "Resamples of the bootstrap, with two files.")
     seed: int = option(0, "Seed of the bootstrap.")
 
-    model: str = option("", "export: model or adapter of `synpo train` whose answers are written.")
+    model: str = option("", "Model or adapter of `synpo train` that writes captions of --videos, or answers to export.")
+    videos: list[str] = option([], "Files, folders, patterns: the model captions those that have references, into OUT.")
+    protocol: str = option("short", f"How it captions them: {', '.join(PROTOCOLS)}; see docs/evaluate.md.")
     questions: str = option("", "export: file of the harness's questions.")
     max_new_tokens: int = option(1024, "export: longest answer.")
 
@@ -57,16 +62,27 @@ class EvaluateConfig:
         if self.captions[:1] == ["export"]:
             self._check_export()
             return
-        if not 1 <= len(self.captions) <= 2:
-            raise ValueError(f"{len(self.captions)} files of captions are given; one or two are needed")
+        if not 1 <= len(self.captions) + bool(self.videos) <= 2:
+            given = f"{len(self.captions)} files of captions{' and a model' if self.videos else ''}"
+            raise ValueError(f"{given} are given; one or two in all are needed")
         if not self.references:
             raise ValueError("references is missing; give --references or set it in the config file")
-        if self.meteor not in METEOR:
-            raise ValueError(f"meteor is {self.meteor!r}; allowed: {', '.join(METEOR)}")
+        if bool(self.model) != bool(self.videos):
+            raise ValueError("model and videos belong together; give both, or files of captions alone")
+        if self.videos and not self.out:
+            raise ValueError("out is missing; the model's captions are written beside it")
+        for name, allowed in (("meteor", METEOR), ("protocol", PROTOCOLS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.resamples < 100:
             raise ValueError(f"resamples is {self.resamples}; it has to be at least 100")
-        if (self.detail or self.quiz) and not self.judge:
-            raise ValueError("detail and quiz need a judge; give --judge")
+        if bool(self.detail or self.quiz) != bool(self.judge):
+            raise ValueError("a judge and something for it belong together; give --judge with --detail or --quiz")
+        try:
+            if not isinstance(json.loads(self.judge_options), dict):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"judge_options is {self.judge_options!r}; a JSON object is needed") from None
 
     def _check_export(self) -> None:
         if len(self.captions) != 2:
@@ -80,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, CAPTIONS..., and a flag for every option."""
     parser.usage = (
         "synpo evaluate CAPTIONS [CAPTIONS] --references FILE [--config FILE.yaml] [--name value ...]\n"
+        "       synpo evaluate [CAPTIONS] --model DIR --videos VIDEO... --references FILE --out FILE.json\n"
         f"       synpo evaluate export {{{','.join(HARNESSES)}}} --model DIR --out FOLDER [--questions FILE]"
     )
     add_options(parser, EvaluateConfig, positional="captions", group_of=_group)
@@ -87,19 +104,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _group(name: str) -> str:
     names = list(EvaluateConfig.__dataclass_fields__)
-    if name not in names or names.index(name) < names.index("model"):
-        return "captions"
-    return "export" if names.index(name) < names.index("detail") else "judged scores"
+    firsts = {"detail": "judged scores", "model": "a model", "captions": "captions"}
+    return next(title for first, title in firsts.items() if names.index(name) >= names.index(first))
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the numbers of the captions, and with two files the changes with their 95 % intervals."""
     config = EvaluateConfig(**given_options(args, EvaluateConfig))
-    if config.captions[0] == "export":
+    if config.captions[:1] == ["export"]:
         return _export(config)
-    references = read_references(Path(config.references))
-    sets, left_out = _aligned(config, references)
-    result: dict[str, Any] = {"captions": config.captions, "references": config.references, "videos": len(sets[0])}
+    references = read_references(Path(config.references), config.split)
+    quizzes = read_quizzes(Path(config.quiz)) if config.quiz else []
+    files = list(config.captions)
+    if config.videos:
+        written = Path(config.out).with_suffix(".captions.jsonl")
+        caption_videos(config.model, config.videos, references, written, config.protocol)
+        files.append(str(written))
+    sets, left_out = _aligned(files, references, dict.fromkeys(quiz.video for quiz in quizzes), config.partial)
+    result: dict[str, Any] = {"captions": files, "references": config.references, "videos": len(sets[0])}
     for name, videos in left_out.items():
         logger.warning("left out: %d videos without %s, the first is %s", len(videos), name, videos[0])
     result["left_out"] = {name: len(videos) for name, videos in left_out.items()}
@@ -109,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
         reason = find().missing or "switched off"
         logger.warning("METEOR is left out: %s", reason)
         result["METEOR"] = reason
-    judged = asyncio.run(_judged(config, sets, wanted)) if config.judge else [{} for _ in sets]
+    judged = asyncio.run(_judged(config, sets, wanted, quizzes)) if config.judge else [{} for _ in sets]
     rows = [_row(name, [m[name] for m in measured], config) for name in measured[0]]
     rows += [_judged_row(name, [j[name] for j in judged], config) for name in judged[0]]
     result["metrics"] = {row.pop("name"): row for row in rows}
@@ -133,30 +155,30 @@ def _export(config: EvaluateConfig) -> int:
 
 
 def _aligned(
-    config: EvaluateConfig, references: Mapping[str, list[str]]
+    names: Sequence[str], references: Mapping[str, list[str]], asked: Collection[str], partial: bool
 ) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """The captions of the same videos from every file, in the references' order, and what was left out for what."""
-    files = [read_hypotheses(Path(name)) for name in config.captions]
-    left_out: dict[str, list[str]] = {}
-    everything = dict.fromkeys([*references, *(video for file in files for video in (*file.captions, *file.failures))])
-    kept = []
-    for video in everything:
-        lacks = [] if video in references else ["references"]
-        lacks += [f"a caption in {name}" for name, file in zip(config.captions, files, strict=True)
-                  if video not in file.captions]  # fmt: skip
-        for what in lacks:
-            left_out.setdefault(what, []).append(video)
-        if not lacks:
-            kept.append(video)
-    if left_out and not config.partial:
-        what, videos = next(iter(left_out.items()))
-        reason = next((file.failures[videos[0]] for file in files if videos[0] in file.failures), None)
+    """The captions of the same videos from every file, in the references' order, and what was left out for what.
+
+    asked: the videos that there are questions about; where there are any, every video has to have some.
+    """
+    files = [read_hypotheses(Path(name)) for name in names]
+    needed: dict[str, Collection[str]] = {
+        **{f"a caption in {name}": file.captions for name, file in zip(names, files, strict=True)},
+        "references": references,
+        **({"questions": asked} if asked else {}),
+    }
+    known = dict.fromkeys(chain(references, *needed.values(), *(file.failures for file in files)))
+    left_out = {what: lacking for what, videos in needed.items() if (lacking := [v for v in known if v not in videos])}
+    if left_out and not partial:
+        what, lacking = next(iter(left_out.items()))
+        reason = next((file.failures[lacking[0]] for file in files if lacking[0] in file.failures), None)
         raise ValueError(
-            f"{len(videos)} videos are without {what}, the first is {videos[0]!r}{f' ({reason})' if reason else ''}; "
+            f"{len(lacking)} videos are without {what}, the first is {lacking[0]!r}{f' ({reason})' if reason else ''}; "
             "complete the files, or set partial to leave such videos out"
         )
+    kept = [video for video in references if all(video in videos for videos in needed.values())]
     if not kept:
-        raise ValueError("no video has both captions and references; are they named alike?")
+        raise ValueError(f"no video has all of {', '.join(needed)}; are they named alike?")
     return [{video: file.captions[video] for video in kept} for file in files], left_out
 
 
@@ -172,6 +194,8 @@ def _row(name: str, metrics: list[Metric], config: EvaluateConfig) -> dict[str, 
 
 
 def _judged_row(name: str, scores: list[Any], config: EvaluateConfig) -> dict[str, Any]:
+    from .judged import compared
+
     row: dict[str, Any] = {
         "name": name,
         "values": [score.mean for score in scores],
@@ -179,16 +203,13 @@ def _judged_row(name: str, scores: list[Any], config: EvaluateConfig) -> dict[st
         "failed": [score.failed for score in scores],
     }
     if len(scores) == 2:
-        both = [item for item in scores[0].each if None not in (scores[0].each[item], scores[1].each[item])]
-        row["compared"] = len(both)
-        if both:
-            before, after = ([score.each[item] for item in both] for score in scores)
-            row["change"] = paired_bootstrap(before, after, resamples=config.resamples, seed=config.seed)._asdict()
+        row["compared"], change = compared(*scores, resamples=config.resamples, seed=config.seed)
+        row |= {"change": change._asdict()} if change else {}
     return row
 
 
 async def _judged(
-    config: EvaluateConfig, sets: list[dict[str, str]], references: Mapping[str, list[str]]
+    config: EvaluateConfig, sets: list[dict[str, str]], references: Mapping[str, list[str]], quizzes: list[Quiz]
 ) -> list[dict[str, Any]]:
     # openai takes a second to import
     from ..judge import AnswerCache, ChatClient, ModelJudge, Spending, read_key
@@ -213,15 +234,15 @@ async def _judged(
             if config.detail:
                 scores["detail (VDD)"] = await detail_score(judge, captions, references)
             if config.quiz:
-                quizzes = [quiz for quiz in read_quizzes(Path(config.quiz)) if quiz.video in captions]
-                if not quizzes:
-                    raise ValueError(f"{config.quiz}: no question about any of these videos")
-                for aspect, pair in (await quiz_score(judge, answers_of(client), captions, quizzes)).items():
+                asked = [quiz for quiz in quizzes if quiz.video in captions]
+                for aspect, pair in (await quiz_score(judge, answers_of(client), captions, asked)).items():
                     scores[f"VDC accuracy, {aspect}"] = pair.accuracy
                     scores[f"VDC score, {aspect}"] = pair.closeness
             found.append(scores)
     finally:
         await judge.close()
+    for kind, count in sorted((judge.problems + client.failures).items()):
+        logger.warning("judge: %s: %d", kind, count)
     logger.info("judge: %s", client.spending)
     return found
 

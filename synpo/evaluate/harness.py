@@ -56,25 +56,50 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
+class _Answers:
+    """The answers that a folder holds already, and how they were made: answers made otherwise are not gone on with."""
+
+    def __init__(self, out: Path, model: str, sampling: Sampling, seed: int) -> None:
+        self._file = out / "answers.jsonl"
+        self._settings = {"model": model, "seed": seed, "max_new_tokens": sampling.max_new_tokens}
+        self.turns: dict[str, list[str]] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(self._file)
+        for row in read_json_lines(self._file) if self._file.exists() else []:
+            former = row.get("settings")
+            if former != self._settings:
+                raise ValueError(
+                    f"{self._file} has answers of {former}, now it is {self._settings}; give another --out"
+                )
+            self.turns[row["question"]] = row["turns"]
+
+    def add(self, question: str, turns: list[str]) -> None:
+        append_json_line(self._file, {"question": question, "turns": turns, "settings": self._settings})
+        self.turns[question] = turns
+
+
+def _generator(model: str) -> str:
+    """What a harness knows a model by."""
+    return Path(model).resolve().name
+
+
 def alpaca_eval(
-    captioner: Captioner, questions: Path, out: Path, generator: str, sampling: Sampling, seed: int = 0
+    captioner: Captioner, questions: Path, out: Path, model: str, sampling: Sampling, seed: int = 0
 ) -> list[str]:
     """AlpacaEval's model outputs in out/model_outputs.json; returns the command that judges them.
 
-    questions: its evaluation set, a list of {"instruction", "dataset"}. Goes on where it stopped.
+    questions: its evaluation set, a list of {"instruction", "dataset"}. model: its name or path. Goes on where it
+    stopped. Errors: ValueError where `out` holds answers of another model, seed or length.
     """
     given = _read_list(questions, ("instruction",))
-    done = out / "answers.jsonl"
-    waiting = [question["instruction"] for question in given]
-    answered = _answered(done)
-    for instruction in tqdm(waiting, unit="question", disable=None):
-        if instruction not in answered:
+    answers = _Answers(out, model, sampling, seed)
+    for question in tqdm(given, unit="question", disable=None):
+        if (instruction := question["instruction"]) not in answers.turns:
             seeds = [_seed(seed, instruction)]
-            (text,) = answer(captioner, [[{"role": "user", "content": instruction}]], sampling, seeds)
-            append_json_line(done, {"question": instruction, "turns": [text]})
-            answered[instruction] = [text]
+            answers.add(instruction, answer(captioner, [[{"role": "user", "content": instruction}]], sampling, seeds))
     outputs = [
-        {**question, "output": answered[question["instruction"]][0], "generator": generator} for question in given
+        {**question, "output": answers.turns[question["instruction"]][0], "generator": _generator(model)}
+        for question in given
     ]
     file = out / "model_outputs.json"
     write_atomically(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
@@ -82,19 +107,18 @@ def alpaca_eval(
 
 
 def mt_bench(
-    captioner: Captioner, questions: Path, out: Path, generator: str, sampling: Sampling, seed: int = 0
+    captioner: Captioner, questions: Path, out: Path, model: str, sampling: Sampling, seed: int = 0
 ) -> list[str]:
-    """MT-Bench's answers in out/data/mt_bench/model_answer/GENERATOR.jsonl; returns the command that judges them.
+    """MT-Bench's answers in out/data/mt_bench/model_answer/NAME.jsonl; returns the command that judges them.
 
     questions: its question.jsonl of {"question_id", "category", "turns"}; a turn is answered with those before it in
-    view, at the temperature of its category. Goes on where it stopped.
+    view, at the temperature of its category. model, and going on: as for alpaca_eval.
     """
     given = _read_list(questions, ("question_id", "category", "turns"))
-    done = out / "answers.jsonl"
-    answered = _answered(done)
+    answers, generator = _Answers(out, model, sampling, seed), _generator(model)
     for question in tqdm(given, unit="question", disable=None):
         name = str(question["question_id"])
-        if name in answered:
+        if name in answers.turns:
             continue
         law = replace(sampling, temperature=MT_BENCH_TEMPERATURE.get(question["category"], 0.7))
         messages: Messages = []
@@ -102,15 +126,13 @@ def mt_bench(
             messages.append({"role": "user", "content": text})
             (reply,) = answer(captioner, [messages], law, [_seed(seed, f"{name}/{turn}")])
             messages.append({"role": "assistant", "content": reply})
-        turns = [message["content"] for message in messages[1::2]]
-        append_json_line(done, {"question": name, "turns": turns})
-        answered[name] = turns
+        answers.add(name, [message["content"] for message in messages[1::2]])
     rows = [
         {
             "question_id": question["question_id"],
             "answer_id": hashlib.sha256(f"{generator}/{question['question_id']}".encode()).hexdigest()[:22],
             "model_id": generator,
-            "choices": [{"index": 0, "turns": answered[str(question["question_id"])]}],
+            "choices": [{"index": 0, "turns": answers.turns[str(question["question_id"])]}],
         }
         for question in given
     ]
@@ -163,14 +185,6 @@ def _read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _answered(path: Path) -> dict[str, list[str]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    drop_torn_line(path)
-    return {row["question"]: row["turns"] for row in read_json_lines(path)}
-
-
 def export(
     harness: str, model: str, out: Path, questions: Path | None = None, *, max_new_tokens: int = 1024, seed: int = 0
 ) -> list[list[str]]:
@@ -191,4 +205,4 @@ def export(
     captioner = load_captioner(model)
     write = alpaca_eval if harness == "alpaca_eval" else mt_bench
     sampling = replace(GREEDY, alpha=0.0, max_new_tokens=max_new_tokens)
-    return [write(captioner, questions, out, Path(model).name, sampling, seed)]
+    return [write(captioner, questions, out, model, sampling, seed)]

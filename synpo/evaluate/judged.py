@@ -9,7 +9,10 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..judge import ChatClient, Criterion, Judge, NoAnswer, Question, Request
+from .bootstrap import Change, paired_bootstrap_of_sums
 from .files import Quiz
 
 INSTRUCTION = "Describe this video in detail."
@@ -54,6 +57,7 @@ _ANSWER = (
 )
 
 Answerer = Callable[[str, str], Awaitable[str | None]]  # (caption, question) -> answer, or None: there is none
+Item = tuple[str, int]  # a video, and which of the questions: 0 where there is none but the caption
 
 
 class Judged(NamedTuple):
@@ -65,21 +69,45 @@ class Judged(NamedTuple):
     mean: float | None
     valid: int
     failed: int
-    each: dict[str, float | None]
+    each: dict[Item, float | None]
 
     def __str__(self) -> str:
         value = "no valid score" if self.mean is None else f"{self.mean:.3f}"
         return f"{value} ({self.valid} valid, {self.failed} failed)"
 
 
-def summarise(each: Mapping[str, float | None]) -> Judged:
-    """The mean over what is there. Errors: ValueError for a score that is not finite, naming the item."""
-    for item, score in each.items():
+def summarise(each: Mapping[Item, float | None]) -> Judged:
+    """The mean over what is there. Errors: ValueError for a score that is not finite, naming the video."""
+    for (video, _), score in each.items():
         if score is not None and not math.isfinite(score):
-            raise ValueError(f"the score of {item!r} is {score}; a finite number or None is needed")
+            raise ValueError(f"the score of {video!r} is {score}; a finite number or None is needed")
     valid = [score for score in each.values() if score is not None]
     mean = math.fsum(valid) / len(valid) if valid else None
     return Judged(mean, len(valid), len(each) - len(valid), dict(each))
+
+
+def compared(before: Judged, after: Judged, *, resamples: int = 2_000, seed: int = 0) -> tuple[int, Change | None]:
+    """How many items have a valid score in both, and the change of their mean; None without any.
+
+    The interval is of the bootstrap over videos, each with all its items: questions about one video hang together, and
+    drawing them one by one would make the interval too narrow.
+    """
+    videos: dict[str, list[Item]] = {}
+    for item, score in before.each.items():
+        if score is not None and after.each.get(item) is not None:
+            videos.setdefault(item[0], []).append(item)
+    if not videos:
+        return 0, None
+    tables = [
+        np.array([[math.fsum(judged.each[item] for item in items), len(items)] for items in videos.values()])
+        for judged in (before, after)
+    ]
+
+    def mean(sums: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return sums[..., 0] / sums[..., 1]
+
+    change = paired_bootstrap_of_sums(*tables, mean, resamples=resamples, seed=seed)
+    return sum(map(len, videos.values())), change
 
 
 async def detail_score(
@@ -100,7 +128,7 @@ async def detail_score(
         for video, text in hypotheses.items()
     )
     verdicts = await asyncio.gather(*asked)
-    return summarise({video: verdict.scores[0] for video, verdict in zip(hypotheses, verdicts, strict=True)})
+    return summarise({(video, 0): verdict.scores[0] for video, verdict in zip(hypotheses, verdicts, strict=True)})
 
 
 class QuizScores(NamedTuple):
@@ -116,7 +144,7 @@ async def quiz_score(
     """VDC (AuroraCap's VDCscore): a model answers questions from the caption alone, the judge compares with the truth.
 
     Aspects in their order in `quizzes`, and "all" where there are several. A question without an answer, or whose
-    answer was not judged, is counted as failed; items are "video/number of the question".
+    answer was not judged, is counted as failed.
     Errors: ValueError for a question about a video without a caption; what judge and answerer raise.
     """
     missing = [quiz.video for quiz in quizzes if quiz.video not in hypotheses]
@@ -137,10 +165,10 @@ async def quiz_score(
         return right, close
 
     scored = await asyncio.gather(*map(one, quizzes))
-    items = [f"{quiz.video}/{number}" for number, quiz in enumerate(quizzes)]
+    items = [(quiz.video, number) for number, quiz in enumerate(quizzes)]
     aspects = list(dict.fromkeys(quiz.aspect for quiz in quizzes))
     found = {}
-    for aspect in [*aspects, *(["all"] if len(aspects) > 1 else [])]:
+    for aspect in dict.fromkeys([*aspects, *(["all"] if len(aspects) > 1 else [])]):
         chosen = [i for i, quiz in enumerate(quizzes) if aspect in (quiz.aspect, "all")]
         accuracy, closeness = (summarise({items[i]: scored[i][part] for i in chosen}) for part in (0, 1))
         found[aspect] = QuizScores(accuracy, closeness)

@@ -5,9 +5,10 @@ There is no second implementation: other libraries' METEOR is another metric. Te
 
 import importlib.util
 import math
+import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -59,29 +60,29 @@ class Meteor:
         self._program.kill()
         self._program.communicate()
 
-    def _say(self, line: str) -> None:
-        self._program.stdin.write(line + "\n")
-        self._program.stdin.flush()
-
-    def _hear(self) -> str:
-        line = self._program.stdout.readline()
-        if not line:
-            raise RuntimeError(f"METEOR stopped with exit code {self._program.wait()}; the command was {self._command}")
-        return line.strip()
+    def _ask(self, fields: Iterable[str], replies: int) -> list[str]:
+        """The lines that the program answers with."""
+        try:
+            self._program.stdin.write(" ||| ".join(fields) + "\n")
+            self._program.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has stopped, which the empty answer tells
+        lines = [self._program.stdout.readline() for _ in range(replies)]
+        if not all(lines):
+            code = self._program.wait()
+            raise RuntimeError(f"METEOR stopped with exit code {code}; try its command: {shlex.join(self._command)}")
+        return lines
 
     def scores(self, hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, list[float]]:
         """METEOR of the set, from statistics summed over captions, and of each caption.
 
         The bar that separates the program's fields is taken out of texts, as pycocoevalcap does for captions.
         """
-        statistics = []
+        statistics: list[str] = []
         for tokens, texts in zip(hypotheses, references, strict=True):
             fields = [" ".join(text).replace("|||", "") for text in (*texts, tokens)]
-            self._say(" ||| ".join(["SCORE", *fields]))
-            statistics.append(self._hear())
-        self._say(" ||| ".join(["EVAL", *statistics]))
-        each = [float(self._hear()) for _ in statistics]
-        whole = float(self._hear())
+            statistics += self._ask(["SCORE", *fields], 1)
+        *each, whole = map(float, self._ask(["EVAL", *map(str.strip, statistics)], len(statistics) + 1))
         if not all(map(math.isfinite, (whole, *each))):
             raise RuntimeError(f"METEOR gave a score that is no number: {whole}, {each[:5]}")
         return whole, each

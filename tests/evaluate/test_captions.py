@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from synpo.evaluate import caption_metrics
 from synpo.evaluate.captions import measure
-from synpo.evaluate.meteor import Meteor, find
+from synpo.evaluate.meteor import Found, Meteor, find
 from synpo.evaluate.overlap import bleu, bleu_counts, cider, rouge_l
+from synpo.evaluate.ptb import tokenize
+from tests.evaluate.made_captions import make_set
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "metrics.json").read_text(encoding="utf-8"))
 OWN = [text.split() for text in RECORDED["hypotheses"]]
@@ -21,8 +24,10 @@ TOLERANCE = 1e-9  # of the scale of a metric; the recorded values are exact to r
 
 def test_recorded_set_has_what_matters() -> None:
     assert len(OWN) == 1000
-    assert min(map(len, OWN)) == 0  # empty captions
-    assert any(len(text) == 1 for text in OWN)
+    assert sum(not text for text in OWN) >= 5  # empty captions, or of marks alone
+    assert sum(len(text) == 1 for text in OWN) >= 5
+    assert sum(any(not mark.isascii() for mark in " ".join(text)) for text in OWN) >= 100
+    assert sum(any(not mark.isalnum() for mark in "".join(text)) for text in OWN) >= 300
     assert any(not any(set(text) & set(other) for other in texts) for text, texts in zip(OWN, REFERENCES, strict=True))
 
 
@@ -41,13 +46,36 @@ def test_means_over_captions_are_pycocoevalcaps(name: str, metric: Any) -> None:
     assert got.std() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find().missing is not None, reason=f"METEOR cannot run: {find().missing}")
 def test_meteor_is_pycocoevalcaps() -> None:
-    count = len(RECORDED["METEOR"]["each"])
     with Meteor() as program:
-        whole, each = program.scores(OWN[:count], REFERENCES[:count])
+        whole, each = program.scores(OWN, REFERENCES)
     assert whole == pytest.approx(RECORDED["METEOR"]["value"], abs=TOLERANCE)
     assert each == pytest.approx(RECORDED["METEOR"]["each"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_program_that_stops_is_said_to_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: int) -> None:
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\nfor i in $(seq {answers}); do read line; echo 1; done\nexit 3\n")
+    java.chmod(0o755)
+    monkeypatch.setattr("synpo.evaluate.meteor.find", lambda: Found(tmp_path / "meteor.jar", str(java), None))
+    with Meteor() as program:
+        if not answers:
+            program._program.wait()  # what is written goes nowhere then
+        with pytest.raises(RuntimeError, match="METEOR stopped with exit code 3; try its command: "):
+            program.scores([["a"]] * 2, [[["a"]]] * 2)
+
+
+def test_from_text_the_few_other_tokens_move_nothing_that_papers_print() -> None:
+    hypotheses, references = make_set(len(OWN), seed=2)  # what was recorded; docs/evaluate.md states these numbers
+    other = [tokenize(text) != tokens for text, tokens in zip(hypotheses.values(), OWN, strict=True)]
+    texts = [tokenize(text) for some in references.values() for text in some]
+    others = [text != tokens for text, tokens in zip(texts, chain(*REFERENCES), strict=True)]
+    assert (sum(other), sum(others), len(others)) == (2, 5, 2943)
+    for name, value in caption_metrics(hypotheses, references, meteor=False).items():
+        assert value == pytest.approx(RECORDED[name]["value"], rel=3e-4), name
 
 
 HYPOTHESES = {"a": "A dog runs over the grass.", "b": "Two people cook.", "c": ""}

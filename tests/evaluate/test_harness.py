@@ -55,6 +55,26 @@ def test_alpaca_eval_gets_its_file_and_goes_on(model: Path, tmp_path: Path) -> N
     assert len(answers.read_text().splitlines()) == 3
 
 
+def test_answers_of_another_model_are_not_gone_on_with(model: Path, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text(json.dumps([{"instruction": "w1 w2"}]))
+    export("alpaca_eval", str(model), tmp_path / "out", file, max_new_tokens=6)
+    for other, tokens in ((adapter, 6), (model, 7)):
+        with pytest.raises(ValueError, match=r"answers.jsonl has answers of .*; give another --out"):
+            export("alpaca_eval", str(other), tmp_path / "out", file, max_new_tokens=tokens)
+
+
+def test_a_model_in_the_folder_one_is_in_has_a_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text(json.dumps([{"instruction": "w1 w2"}]))
+    monkeypatch.chdir(model)
+    export("alpaca_eval", ".", tmp_path / "out", file, max_new_tokens=2)
+    (output,) = json.loads((tmp_path / "out" / "model_outputs.json").read_text())
+    assert output["generator"] == model.name
+
+
 def test_mt_bench_answers_each_turn_after_those_before(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["w1 w2", "w3"]},

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from synpo.evaluate.files import Quiz
-from synpo.evaluate.judged import answers_of, detail_score, quiz_score, summarise
+from synpo.evaluate.judged import answers_of, compared, detail_score, quiz_score, summarise
 from synpo.judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, Question
 from tests.judge.loopback import FENCED, Reply, completion, serving
 
@@ -37,7 +37,7 @@ def test_detail_is_the_mean_of_what_the_judge_gives() -> None:
 
     score = run(detail_score(OracleJudge(oracle), HYPOTHESES, REFERENCES))
     assert (score.mean, score.valid, score.failed) == (2.0, 3, 0)
-    assert score.each == {"a": 3, "b": 1, "c": 2}
+    assert score.each == {("a", 0): 3, ("b", 0): 1, ("c", 0): 2}
     assert seen == [(video, tuple(REFERENCES[video]), "detail") for video in HYPOTHESES]
 
 
@@ -79,7 +79,7 @@ def test_quiz_is_scored_by_aspect_and_in_all() -> None:
     order = scores["order"]
     assert (order.accuracy.mean, order.accuracy.valid, order.accuracy.failed) == (1, 1, 1)
     assert (scores["all"].closeness.mean, scores["all"].closeness.failed) == (5, 1)
-    assert scores["all"].accuracy.each == {"a/0": 1, "b/1": 1, "a/2": 1, "c/3": None}
+    assert scores["all"].accuracy.each == {("a", 0): 1, ("b", 1): 1, ("a", 2): 1, ("c", 3): None}
 
 
 def test_a_wrong_answer_is_wrong_and_an_unjudged_one_is_missing() -> None:
@@ -91,6 +91,33 @@ def test_a_wrong_answer_is_wrong_and_an_unjudged_one_is_missing() -> None:
     assert (scores["number"].closeness.mean, scores["number"].closeness.failed) == (None, 1)
 
 
+def test_a_comparison_is_of_what_both_have_a_score_for() -> None:
+    before = summarise({("a", 0): 1.0, ("b", 0): 5.0, ("c", 0): None})
+    after = summarise({("a", 0): 2.0, ("b", 0): None, ("c", 0): 5.0})
+    assert compared(before, after) == (1, (1.0, 1.0, 1.0))
+    assert compared(before, summarise(dict.fromkeys(before.each))) == (0, None)
+
+
+def test_videos_are_drawn_not_questions() -> None:
+    # 40 questions about each of 6 videos, all answers about one video alike: there are 6 observations, not 240
+    changes = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+    items = [(f"v{video}", number) for video in range(6) for number in range(40)]
+    before = summarise(dict.fromkeys(items, 0.0))
+    after = summarise({item: changes[int(item[0][1:])] for item in items})
+    count, change = compared(before, after)
+    assert count == 240
+    assert change.mean == 0.5
+    # of 6 draws, binomial with p 1/2: 0 or 6 come in 1.6 % each, 1 or 5 in 9.4 %
+    assert (change.low, change.high) == pytest.approx((1 / 6, 5 / 6))
+
+
+def test_a_video_with_more_questions_weighs_more() -> None:
+    items = [("a", 0), ("b", 1), ("b", 2), ("b", 3)]
+    before = summarise(dict.fromkeys(items, 0.0))
+    after = summarise({item: float(item[0] == "b") for item in items})
+    assert compared(before, after)[1].mean == after.mean == 0.75
+
+
 def test_what_is_missing_is_named() -> None:
     judge = OracleJudge(words)
     with pytest.raises(ValueError, match="references has nothing for 1 of the videos, the first is 'c'"):
@@ -98,7 +125,7 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="no caption for 1 questions; the first is about 'z'"):
         run(quiz_score(judge, last_word, HYPOTHESES, [Quiz("z", "?", "!")]))
     with pytest.raises(ValueError, match="the score of 'a' is nan"):
-        summarise({"a": float("nan")})
+        summarise({("a", 0): float("nan")})
 
 
 def reply(request: dict[str, Any], headers: dict[str, str]) -> Reply:
@@ -133,9 +160,9 @@ def test_a_server_and_its_recorded_answers_give_the_same_scores(tmp_path: Path) 
 
     with serving(reply) as server:
         live = run(score(AnswerCache(tmp_path / "judge.sqlite"), url=server.url))
-    assert live[0]["all"].accuracy.each == {"a/0": 1, "b/1": None, "c/2": 0}
+    assert live[0]["all"].accuracy.each == {("a", 0): 1, ("b", 1): None, ("c", 2): 0}
     assert live[0]["all"].closeness.mean == 2.5
-    assert live[1].each == {"a": 0, "b": 5, "c": 0}
+    assert live[1].each == {("a", 0): 0, ("b", 0): 5, ("c", 0): 0}
     assert run(score(AnswerCache.recorded(recorded), offline=True)) == live
 
     # one recorded answer spoilt: its score is missing, the others' mean stands
@@ -145,4 +172,4 @@ def test_a_server_and_its_recorded_answers_give_the_same_scores(tmp_path: Path) 
     ]
     recorded.write_text("\n".join(spoilt) + "\n")
     detail = run(score(AnswerCache.recorded(recorded), offline=True))[1]
-    assert (detail.mean, detail.each) == (0, {"a": 0, "b": None, "c": 0})
+    assert (detail.mean, detail.each) == (0, {("a", 0): 0, ("b", 0): None, ("c", 0): 0})
