@@ -18,6 +18,7 @@ from ..run_files import rewind_json_lines, sync
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "synpo_state.json"
 TRAINER_STATE = "trainer_state.json"
+COUNTS = ("num_tokens", "skipped_media", "truncated_pairs")  # since the run's start, of one process
 SAVING = ".saving"  # folder in output_dir where a checkpoint grows before it is renamed into place
 
 
@@ -49,8 +50,19 @@ class ResumableTrainer(Trainer):
     """
 
     nonfinite_steps = 0
-    num_tokens = 0  # of this process
     _saving_to: Path | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def total_counts(self) -> dict[str, int]:
+        """COUNTS over all processes, which all have to ask for them."""
+        return {name: sum(values) for name, values in self._counts_of_all().items()}
+
+    def _counts_of_all(self) -> dict[str, list[int]]:
+        own = torch.tensor([list(self.counts.values())], device=self.args.device)
+        return dict(zip(self.counts, self.accelerator.gather(own).T.tolist(), strict=True))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """Train; True or a folder resumes from the newest complete checkpoint in output_dir, or from that one.
@@ -62,11 +74,10 @@ class ResumableTrainer(Trainer):
         checkpoint = self._resolve(resume_from_checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         self.nonfinite_steps = state["nonfinite_steps"]
-        tokens = state["num_tokens"]
-        # With another number of processes than before, the total stays right.
-        self.num_tokens = tokens[self.args.process_index] if len(tokens) == self.args.world_size else (
-            sum(tokens) if self.args.process_index == 0 else 0
-        )  # fmt: skip
+        for name, values in state["counts"].items():
+            # With another number of processes than before, the total stays right.
+            spread = values if len(values) == self.args.world_size else [sum(values)] + [0] * self.args.world_size
+            self.counts[name] = spread[self.args.process_index]
         if self.is_world_process_zero():
             rewind_json_lines(Path(self.args.output_dir, METRICS_FILE), step_of(checkpoint))
         return super().train(resume_from_checkpoint=str(checkpoint), **options)
@@ -98,14 +109,14 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_to = None
-        tokens = self.accelerator.gather(torch.tensor([self.num_tokens], device=self.args.device)).tolist()
+        counts = self._counts_of_all()
         if self.state.best_global_step:
             candidate = run_dir / f"checkpoint-{self.state.best_global_step}"
             best = str(candidate) if candidate.name == name or candidate.exists() else best
         self.state.best_model_checkpoint = best
         if self.args.should_save:
-            counters = {"nonfinite_steps": self.nonfinite_steps, "num_tokens": tokens}
-            (saving / name / STATE_FILE).write_text(json.dumps(counters), encoding="utf-8")
+            state = {"nonfinite_steps": self.nonfinite_steps, "counts": counts}
+            (saving / name / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
             self.state.save_to_json(str(saving / name / TRAINER_STATE))
             _publish(saving / name, run_dir / name)
             saving.rmdir()

@@ -18,10 +18,11 @@ from ..pretrained import DTYPES, load_model, load_tokenizer
 from ..run_files import read_json_lines, write_atomically
 from . import checkpoints
 from .config import SynPOConfig, own_fields
+from .evaluation import PAIRS_FOLDER
 from .model import LORA_TARGETS, lora_recipe
 from .model_card import Origin, write_model_card
 from .plan import longest_pairs, plan
-from .trainer import PAIRS_FOLDER, SynPOTrainer
+from .trainer import SynPOTrainer
 
 logger = logging.getLogger(__name__)
 

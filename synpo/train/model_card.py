@@ -111,8 +111,9 @@ def _data(trainer: SynPOTrainer, origin: Origin) -> dict[str, Any]:
     if trainer.eval_dataset is not None:
         found["pairs held out"] = len(trainer.eval_dataset)
     found |= {f"pairs {what}": count for what, count in trainer.train_dataset.counts.items()}
-    if trainer.skipped_media:
-        found["pairs whose media could not be read"] = trainer.skipped_media
+    skipped = [line["skipped_media"] for line in trainer.state.log_history if "skipped_media" in line]
+    if skipped and skipped[-1]:
+        found["pairs passed over for their media, over all epochs"] = skipped[-1]
     return found
 
 

@@ -20,6 +20,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
 from .config import SynPOConfig
+from .model import language_part
+from .vision import vision_parameters
 
 
 class Evened(Sampler[int]):
@@ -97,15 +99,23 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def name_layers(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Tell FSDP which layers to cut, where its configuration does not: those that transformers keeps whole.
+def plan_shards(accelerator: Accelerator, model: PreTrainedModel, whole_tower: bool) -> None:
+    """Tell FSDP which layers to cut, where its configuration does not: those that transformers keeps whole. With
+    whole_tower everything before the language model stays whole in every process.
 
     accelerate would take the same names, and stop at one that this model has no layer of, as models with a text
     encoder's name in their list have.
     """
     plugin = accelerator.state.fsdp_plugin
+    cut = dict(model.named_modules())
+    if whole_tower:
+        tower = [parameter for _, parameter in vision_parameters(model)]
+        for parameter in tower:
+            parameter.data = parameter.data.to(accelerator.device)
+        plugin.ignored_modules = [nn.ParameterList(tower)]  # all that is asked of them is their parameters
+        cut = {name: module for name, module in cut.items() if language_part(name)}
     if plugin.transformer_cls_names_to_wrap is None:
-        present = {type(module).__name__ for module in model.modules()}
+        present = {type(module).__name__ for module in cut.values()}
         plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
 
 

@@ -24,7 +24,8 @@ from ..video import PixelSpec
 from .checkpoints import METRICS_FILE, ResumableTrainer
 from .collate import LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
-from .diagnostics import PAIR_COLUMNS, PairTable, RunningMeans, pair_metrics, since_first
+from .diagnostics import PAIR_COLUMNS, RunningMeans, pair_metrics, since_first
+from .evaluation import pairs_file, samples_file, score_pairs, write_pairs
 from .host_memory import return_freed_tensors
 from .model import base_model, trainable
 from .passes import PairScorer, choose_form, tokens_per_pass
@@ -32,7 +33,7 @@ from .processes import (
     Evened,
     add_idle_passes,
     check_processes,
-    name_layers,
+    plan_shards,
     seeded_order,
     stop_before_deepspeed,
     synchronised,
@@ -44,9 +45,6 @@ from .tokenise import PairTokenizer
 from .vision import open_media, open_vision
 
 logger = logging.getLogger(__name__)
-
-PAIRS_FOLDER = "eval_pairs"
-SAMPLES_FOLDER = "eval_samples"
 
 
 class SynPOTrainer(ResumableTrainer):
@@ -130,7 +128,6 @@ class SynPOTrainer(ResumableTrainer):
         if self.references is None and ref_model is not None:
             raise ValueError(f"ref_model is given but {args.objective} has no reference; leave it out")
         self._parameter_count = sum(parameter.numel() for parameter in self.model.parameters())
-        self.skipped_media = self.truncated_pairs = 0
         self._means = RunningMeans()
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=args.device)
         self._window: list[int] = []
@@ -221,9 +218,8 @@ class SynPOTrainer(ResumableTrainer):
             self._nonfinite |= ~torch.isfinite(output.loss.detach())
             self._means.add(output.loss, metrics)
             self._window += batch["indices"]
-            self.num_tokens += batch["tokens"]
-            self.skipped_media += batch["skipped"]
-            self.truncated_pairs += batch["cut"]
+            for name, key in (("num_tokens", "tokens"), ("skipped_media", "skipped"), ("truncated_pairs", "cut")):
+                self.counts[name] += batch[key]
             total += loss.detach()
         self._measure_sides(model, inputs["passes"][-1])
         # The sum that transformers keeps of this would not survive one NaN; the step is counted in _get_grad_norm.
@@ -282,15 +278,10 @@ class SynPOTrainer(ResumableTrainer):
             logs |= means
             now = time.perf_counter()
             logs["pairs_per_second"] = pairs / (now - self._last_log)
-            logs["num_tokens"] = self.num_tokens
-            if self.accelerator.num_processes > 1:
-                logs["num_tokens"] = int(self._sum(torch.tensor(self.num_tokens, device=self.args.device)))
-            logs |= self._side_norms
+            logs |= self.total_counts() | self._side_norms
             self._side_norms = {}
             logs["nonfinite_steps"] = self.nonfinite_steps
             logs["form_fallbacks"] = self.scorer.fallbacks
-            logs["skipped_media"] = self.skipped_media
-            logs["truncated_pairs"] = self.truncated_pairs
             self._last_log = now
         super().log(logs, start_time)
         if self.is_world_process_zero():
@@ -328,52 +319,44 @@ class SynPOTrainer(ResumableTrainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        started = time.perf_counter()
-        table, tokens = PairTable(), 0
-        for inputs in dataloader:
-            if self.accelerator.num_processes > 1:
-                add_idle_passes([inputs], self.accelerator)
-            for batch in inputs["passes"]:
-                with torch.no_grad():
-                    output, batch = self._loss(model, batch)
-                metrics = pair_metrics(output, self.args)
-                if batch["idle"]:
-                    table.add_none(metrics)
-                    continue
-                table.add(batch["indices"], output.loss, metrics)
-                tokens += batch["tokens"]
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if self.accelerator.num_processes > 1:
-            tokens = int(self._sum(torch.tensor(tokens, device=self.args.device)))
-        columns = table.read(self.accelerator)
+        started, step = time.perf_counter(), self.state.global_step
+        columns, tokens = score_pairs(
+            self._ticking(dataloader),
+            partial(self._loss, model),
+            partial(pair_metrics, args=self.args),
+            self.accelerator,
+        )
         count = len(columns["index"])
         metrics = {name: float(column.mean()) for name, column in columns.items() if name != "index"}
         metrics |= {"num_tokens": tokens, "pairs_per_second": count / (time.perf_counter() - started)}
         values = np.stack([columns[name] for name in PAIR_COLUMNS], 1)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=values, label_ids=None))
-        folder = Path(self.args.output_dir, PAIRS_FOLDER)
-        fallen = since_first(folder, metric_key_prefix, self.state.global_step, columns, self.accelerator)
+        written = self.pairs_file(metric_key_prefix, step)
+        fallen = since_first(written.parent, metric_key_prefix, step, columns, self.accelerator)
         if fallen is not None:
             metrics["displacement"] = fallen.share
             if fallen.alarming:
                 logger.warning("%s pairs: %s", metric_key_prefix, fallen)
         if self.is_world_process_zero():
             if self.args.sample_captions:
-                count, vision = self.args.sample_captions, self.scorer.vision
                 with self.accelerator.autocast():
-                    written = sample_answers(self.model, dataloader.dataset, count, vision)
-                name = f"{metric_key_prefix}-{self.state.global_step}.jsonl"
-                write_json_lines(Path(self.args.output_dir, SAMPLES_FOLDER, name), written)
-            rows = zip(columns["index"].tolist(), values.tolist(), strict=True)
-            records = [{"index": int(index), **dict(zip(PAIR_COLUMNS, row, strict=True))} for index, row in rows]
-            write_json_lines(self.pairs_file(metric_key_prefix, self.state.global_step), records)
+                    samples = sample_answers(
+                        self.model, dataloader.dataset, self.args.sample_captions, self.scorer.vision
+                    )
+                write_json_lines(samples_file(self.args.output_dir, metric_key_prefix, step), samples)
+            write_pairs(written, columns)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=values, label_ids=None, metrics=metrics, num_samples=count)
 
+    def _ticking(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
+        for inputs in dataloader:
+            yield inputs
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
     def pairs_file(self, prefix: str, step: int) -> Path:
         """Where an evaluation keeps the values of its pairs."""
-        return Path(self.args.output_dir, PAIRS_FOLDER, f"{prefix}-{step}.jsonl")
+        return pairs_file(self.args.output_dir, prefix, step)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """See ResumableTrainer.train; reference log-probs that are to be computed once come first."""
@@ -392,7 +375,10 @@ class SynPOTrainer(ResumableTrainer):
             return
         if not self.accelerator._models:
             if self.is_fsdp_enabled:
-                name_layers(self.accelerator, base_model(self.model))
+                # A frozen tower runs by itself, before the forward call that would gather its weights.
+                frozen = self.scorer.vision is not None and not self.scorer.vision.trains
+                whole = frozen and not self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+                plan_shards(self.accelerator, base_model(self.model), whole)
             self.create_optimizer()
             self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             if self.is_fsdp_enabled:

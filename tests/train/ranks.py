@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from synpo import cli
 from synpo.run_files import write_json_lines
-from synpo.train import SynPOTrainer
+from synpo.train import SynPOTrainer, lora_recipe
 from tests.train import seeing, tiny
 
 WINDOW = 8  # pairs in an optimizer step
@@ -39,12 +39,26 @@ RUNS: dict[str, dict[str, Any]] = {
     "dpo adapter off": {"objective": "dpo"},
     "dpo precomputed": {"objective": "dpo", "precompute_ref_logps": True},
     "checkpointing": {"activation_checkpointing": True},
-    "video": {"video": True},
+    "sliding window": {"window": 6},
+    **{family: {"family": family, "activation_checkpointing": True} for family in seeing.FAMILIES},
+    "tower trains": {"family": "llava_onevision", "lora": False, "learning_rate": 0.1},
 }
-STOPS = (1, 3)  # two steps an epoch: in the middle of the first, and of the second
-ALONE = {"ddp": {"plain", "group_by_length", "dpo adapter off"}, "fsdp2": {"full untied"}}  # runs of one kind
-ZERO3 = ("shared", "plain", "full untied", "full tied", "checkpointing")
-RESUMED = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1, "dropout": 0.2, "optim": "adamw_torch"}
+ALONE = {  # runs of one kind
+    "ddp": {"plain", "group_by_length", "dpo adapter off", *seeing.FAMILIES} - {"llava_onevision", "qwen3_vl"},
+    "fsdp2": {"full untied"},
+}
+ZERO3 = (
+    "shared", "plain", "full untied", "full tied", "checkpointing", "llava_onevision", "qwen2_5_vl", "tower trains",
+)  # fmt: skip
+_ADAM = {"save_strategy": "steps", "save_steps": 1, "dropout": 0.2, "optim": "adamw_torch"}
+# Videos read by workers, one of them not readable, features kept on disk, pairs packed into passes, in changing order.
+_VIDEOS = {
+    "family": "qwen2_5_vl", "dataloader_num_workers": 1, "vision_cache": True, "tokens_per_pass": 150, "broken": 2,
+    "broken_media": "skip", "train_sampling_strategy": "group_by_length", "save_steps": 3,
+}  # fmt: skip
+RESUMED = {"resumed": _ADAM, "resumed videos": _ADAM | _VIDEOS}
+# Two steps an epoch: in the middle of the first, and of the second.
+STOPS = [("resumed", 1), ("resumed", 3), ("resumed videos", 3)]
 
 
 def runs_of(kind: str) -> list[str]:
@@ -59,23 +73,34 @@ def build(folder: Path, processes: int, **changes: Any) -> SynPOTrainer:
     """A trainer whose optimizer steps see the same WINDOW pairs with any number of processes."""
     options = UNEVEN | {"per_device_train_batch_size": 2, "tokens_per_pass": 40} | changes
     options["gradient_accumulation_steps"] = WINDOW // (2 * processes)
-    held_out = tiny.pairs(3, 1)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         options["use_cpu"] = False  # which would leave DeepSpeed out
-    if options.pop("video", False):
-        del options["tokens_per_pass"]
-        return seeing.trainer(folder, count=5, **options)
-    model = tiny.model(tie_word_embeddings=options.pop("tie", True))
-    return tiny.trainer(folder, 9, model=model, eval_dataset=held_out, **options)
+    if "family" in options:
+        return _seeing(folder, **{"tokens_per_pass": None} | options | changes)
+    window, tie = options.pop("window", None), options.pop("tie", True)
+    model = tiny.model(tie_word_embeddings=tie) if window is None else tiny.windowed(window)
+    return tiny.trainer(folder, 9, model=model, eval_dataset=tiny.pairs(3, 1), **options)
+
+
+def _seeing(folder: Path, *, lora: bool = True, dropout: float = 0.0, broken: int | None = None, **options: Any) -> Any:
+    """A trainer of a video model; broken: the row of a film that cannot be read."""
+    rows = seeing.pairs(5 if broken is None else 9)
+    if broken is not None:
+        rows[broken]["videos"] = [{"bytes": seeing.film(broken)[:100]}]
+    if options.pop("vision_cache", False):
+        options["vision_cache"] = str(folder / "features")
+    adapter = lora_recipe(r=4, alpha=8, dropout=dropout) if lora else None
+    return seeing.trainer(folder, train_dataset=rows, peft_config=adapter, **options)
 
 
 def outcome(trainer: SynPOTrainer) -> Result:
-    """Losses and gradient norms of all steps, held-out metrics, and the trained weights, whole."""
+    """Losses and gradient norms of all steps, counts, and the trained weights, whole."""
     lines = [line for line in trainer.state.log_history if "loss" in line]
     weights = {n: _whole(p).clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {
         "steps": torch.tensor([[line["loss"], line["grad_norm"], line["num_tokens"]] for line in lines]).double(),
         "weights": {name.removeprefix("module."): weight for name, weight in weights.items()},
+        "counts": trainer.total_counts(),
     }
 
 
@@ -91,20 +116,21 @@ def trained(folder: Path, processes: int, **changes: Any) -> Result:
     return outcome(trainer) | {"eval": (before, after)}
 
 
-def resumed(folder: Path, processes: int, step: int, **changes: Any) -> Result:
-    """A run, and the same that goes on from its checkpoint at a step."""
-    whole = build(folder / "whole", processes, **RESUMED | changes)
+def resumed(folder: Path, processes: int, name: str) -> dict[Any, Result]:
+    """A run, and for each of its STOPS one that goes on from its checkpoint there."""
+    whole = build(folder / "whole", processes, **RESUMED[name])
     whole.train()
-    if whole.is_world_process_zero():
-        for name in (f"checkpoint-{step}", "metrics.jsonl"):
-            copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
-            (folder / "resumed").mkdir(exist_ok=True)
-            copy(folder / "whole" / name, folder / "resumed" / name)
-    whole.accelerator.wait_for_everyone()
-    again = build(folder / "resumed", processes, **RESUMED | changes)
-    torch.rand(5 + whole.args.process_index)
-    again.train(resume_from_checkpoint=True)
-    return {"whole": outcome(whole), "resumed": outcome(again)}
+    found = {"whole": outcome(whole)}
+    for step in (step for run, step in STOPS if run == name):
+        if whole.is_world_process_zero():
+            shutil.copytree(folder / "whole" / f"checkpoint-{step}", folder / str(step) / f"checkpoint-{step}")
+            shutil.copy(folder / "whole" / "metrics.jsonl", folder / str(step))
+        whole.accelerator.wait_for_everyone()
+        again = build(folder / str(step), processes, **RESUMED[name])
+        torch.rand(5 + whole.args.process_index)  # the state of random numbers comes from the checkpoint
+        again.train(resume_from_checkpoint=True)
+        found[step] = outcome(again)
+    return found
 
 
 def commanded(folder: Path) -> int:
@@ -170,9 +196,9 @@ def main(folder: Path, names: list[str]) -> None:
         for name in runs_of(kind):
             if not names or name in names:
                 found[kind, name] = trained(folder / kind / name, 2, **RUNS[name])
-        for step in () if kind == "zero3" else STOPS:
-            if not names or f"resumed {step}" in names:
-                found[kind, f"resumed {step}"] = resumed(folder / kind / f"resumed {step}", 2, step)
+        for name in RESUMED:
+            if not names or name in names:
+                found[kind, name] = resumed(folder / kind / name, 2, name)
         if kind == "ddp" and not names:
             found[kind, "command"] = {"status": commanded(folder / kind / "command")}
     if int(os.environ["RANK"]) == 0:

@@ -122,25 +122,16 @@ def test_bf16_autocast_is_near_float32(tmp_path: Path) -> None:
 
 def _gemma2() -> PreTrainedModel:
     return Gemma2ForCausalLM(
-        Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=3.0, query_pre_attn_scalar=8, sliding_window=16)
+        Gemma2Config(**tiny.SIZES, head_dim=8, final_logit_softcapping=3.0, query_pre_attn_scalar=8, sliding_window=16)
     )
 
 
 def _cohere() -> PreTrainedModel:
-    return CohereForCausalLM(CohereConfig(**_SIZES, logit_scale=0.25))
+    return CohereForCausalLM(CohereConfig(**tiny.SIZES, logit_scale=0.25))
 
 
 def _granite() -> PreTrainedModel:
-    return GraniteForCausalLM(GraniteConfig(**_SIZES, logits_scaling=4.0))
-
-
-_SIZES = {
-    name: getattr(tiny.config(), name)
-    for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
-    )
-}  # fmt: skip
+    return GraniteForCausalLM(GraniteConfig(**tiny.SIZES, logits_scaling=4.0))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,30 +72,39 @@ def found(folder: Path) -> dict[tuple[str, str], Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same runs in this process, made when first asked for."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """The same runs in this process, in plain rows and without checkpointing, made when first asked for."""
+    plain = {"prefix_sharing": False, "activation_checkpointing": False}
+    known: dict[str, Any] = {}
 
-    class Runs(dict):
-        def __missing__(self, name: str) -> Any:
-            self[name] = ranks.trained(tmp_path_factory.mktemp("one"), 1, **ranks.RUNS[name])
-            return self[name]
+    def run(name: str) -> Any:
+        options = ranks.RUNS[name] | plain
+        if str(options) not in known:
+            known[str(options)] = ranks.trained(tmp_path_factory.mktemp("one"), 1, **options)
+        return known[str(options)]
 
-    return Runs()
+    return run
+
+
+def assert_same_run(two: Any, one: Any) -> None:
+    """Losses, gradient norms, token counts and weights of every step, and held-out losses."""
+    assert len(one["steps"]) == len(two["steps"]) > 1
+    torch.testing.assert_close(two["steps"], one["steps"], atol=1e-6, rtol=1e-5)
+    assert two["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    if one["eval"][1] is not None:
+        assert two["eval"][1] == pytest.approx(one["eval"][1], abs=1e-5)
+        assert abs(one["eval"][1] - one["eval"][0]) > 1e-4
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in ranks.runs_of(kind)])
 def test_gradients_are_those_of_one_process(
-    found: dict[tuple[str, str], Any], alone: dict[str, Any], kind: str, name: str
+    found: dict[tuple[str, str], Any], alone: Callable[[str], Any], kind: str, name: str
 ) -> None:
-    two, one = found[kind, name], alone[name]
-    assert len(one["steps"]) == len(two["steps"]) > 1
-    torch.testing.assert_close(two["steps"], one["steps"], atol=1e-5, rtol=1e-5)
-    assert two["weights"].keys() == one["weights"].keys()
-    for weight, expected in two["weights"].items():
-        torch.testing.assert_close(expected, one["weights"][weight], atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
-    if one["eval"][0] is not None:
-        assert two["eval"] == pytest.approx(one["eval"], abs=1e-5)
-        assert abs(one["eval"][1] - one["eval"][0]) > 1e-4
+    two, one = found[kind, name], alone(name)
+    assert_same_run(two, one)
+    assert two["eval"][0] == pytest.approx(one["eval"][0], abs=1e-5)
 
 
 def zero3_environment() -> dict[str, str]:
@@ -109,17 +119,13 @@ def zero3_environment() -> dict[str, str]:
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_zero3_gives_the_losses_and_weights_of_one_process(
-    tmp_path_factory: pytest.TempPathFactory, alone: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, alone: Callable[[str], Any]
 ) -> None:
     made = zero3_environment()
     folder = run_two(tmp_path_factory.mktemp("zero3"), {"zero3": {}}, **made)
     found = torch.load(folder / "found.pt")
     for name in ranks.ZERO3:
-        two, one = found["zero3", name], alone[name]
-        torch.testing.assert_close(two["steps"], one["steps"], atol=1e-5, rtol=1e-5, msg=name)
-        for weight, expected in one["weights"].items():
-            torch.testing.assert_close(two["weights"][weight], expected, atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
-        assert two["eval"][1] == pytest.approx(one["eval"][1], abs=1e-5)
+        assert_same_run(found["zero3", name], alone(name))
     saved = load_file(folder / "zero3" / "shared" / "adapter_model.safetensors")
     weights = found["zero3", "shared"]["weights"]
     assert len(saved) == len(weights)
@@ -128,14 +134,20 @@ def test_zero3_gives_the_losses_and_weights_of_one_process(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", ranks.STOPS)
-def test_resumed_is_uninterrupted(found: dict[tuple[str, str], Any], kind: str, step: int) -> None:
-    """Bit for bit, losses, gradient norms, token counts and weights, from the middle of epoch 1 and of epoch 2."""
-    run = found[kind, f"resumed {step}"]
-    assert len(run["whole"]["steps"]) == 6
-    assert torch.equal(run["resumed"]["steps"], run["whole"]["steps"])
-    for name, weight in run["whole"]["weights"].items():
-        assert torch.equal(run["resumed"]["weights"][name], weight), name
+@pytest.mark.parametrize(("name", "step"), ranks.STOPS)
+def test_resumed_is_uninterrupted(found: dict[tuple[str, str], Any], kind: str, name: str, step: int) -> None:
+    """Bit for bit, losses, gradient norms, counts and weights, from the middle of epoch 1 and of epoch 2."""
+    assert_uninterrupted(found[kind, name], step)
+    assert (found[kind, name]["whole"]["counts"]["skipped_media"] > 0) == (name == "resumed videos")
+
+
+def assert_uninterrupted(run: dict[Any, Any], step: int) -> None:
+    whole, again = run["whole"], run[step]
+    assert len(whole["steps"]) == 4
+    assert torch.equal(again["steps"], whole["steps"])
+    assert again["counts"] == whole["counts"]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(again["weights"][name], weight), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

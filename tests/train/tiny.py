@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from synpo.train import SynPOConfig, SynPOTrainer, lora_recipe
 
@@ -32,27 +38,33 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return made
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,  # log-probs far from uniform, so that losses and gradients are not all alike
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
 def config(**changes: Any) -> LlamaConfig:
-    options = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,  # log-probs far from uniform, so that losses and gradients are not all alike
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": None,
-    }
-    return LlamaConfig(**options | changes)
+    return LlamaConfig(**SIZES | {"max_position_embeddings": 128, "tie_word_embeddings": True} | changes)
 
 
 def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(config(**changes))
+
+
+def windowed(window: int) -> MistralForCausalLM:
+    """A model whose tokens see so many before them."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, head_dim=8, sliding_window=window))
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
