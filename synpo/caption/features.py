@@ -68,7 +68,8 @@ class Words:
 class Family:
     """How one kind of model takes a video."""
 
-    encode: Callable[[PreTrainedModel, dict[str, Tensor], int], tuple[Tensor, Tensor | None, tuple[int, int]]]
+    # None: its results are more than Features hold, and it is trained here but not captioned with.
+    encode: Callable[[PreTrainedModel, dict[str, Tensor], int], tuple[Tensor, Tensor | None, tuple[int, int]]] | None
     expand: Callable[[Features, Words], list[str]]  # the texts that replace the markers in the chat template's result
     token: str = "video_token_id"  # name in the config of the id that each vector replaces
     marker: str | None = None  # what the chat template writes for the video; None: that token

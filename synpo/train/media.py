@@ -48,13 +48,7 @@ def _qwen3(features: Features, words: Words) -> list[str]:
     return ["".join(f"<{time:.1f} seconds>{start}{frame}{end}" for time in features.times)]
 
 
-def _never(*_: Any) -> Any:
-    raise NotImplementedError("this family's features have levels; the trainer encodes it by itself")
-
-
-TRAINABLE = FAMILIES | {
-    "qwen3_vl": Family(_never, _qwen3, marker="<|vision_start|><|video_pad|><|vision_end|>"),
-}
+TRAINABLE = FAMILIES | {"qwen3_vl": Family(None, _qwen3, marker="<|vision_start|><|video_pad|><|vision_end|>")}
 
 
 def has_media(row: Mapping[str, Any]) -> bool:
