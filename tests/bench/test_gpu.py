@@ -18,11 +18,8 @@ from bench.gpu_peers import liger_cute_logps
 from bench.implementations import IMPLEMENTATIONS, naive_logps
 from synpo_kernels import tiling
 
-pytestmark = [
-    # peft asks transformers by a name that 5.23 calls old; loading torch's compiler warns about torch's own use.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+# Loading torch's compiler warns about torch's own use.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 TINY = Case("tiny", H=16, V=64, cpu_n=(8,), gpu_n=(8,), pair_tokens=4)
 
 

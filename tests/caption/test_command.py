@@ -269,8 +269,6 @@ def test_another_file_is_not_appended_to(
     assert out.read_text() == '{"prompt": "p"}\n'
 
 
-# peft 0.21 asks transformers 5.23 by a name that is about to go.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_of_synpo_train_is_a_captioner(world: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

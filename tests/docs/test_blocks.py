@@ -31,8 +31,6 @@ MOST_MARKED = 4
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        "You are importing from 'trl.experimental'",
-        "`is_gradient_checkpointing` is deprecated:FutureWarning",
         "`gradient_checkpointing` is deprecated:FutureWarning",
         "'pin_memory' argument is set as true:UserWarning",
     )

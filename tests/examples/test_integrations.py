@@ -18,9 +18,8 @@ LOOPS = ("pytorch_loop", "accelerate_loop", "transformers_trainer", "trl_dpo", "
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        "You are importing from 'trl.experimental'",
         # peft 0.21 and trl 1.16 use names of transformers 5.23 that are about to go.
-        "`(is_)?gradient_checkpointing(_.+)?` is deprecated:FutureWarning",
+        "`gradient_checkpointing(_.+)?` is deprecated:FutureWarning",
         "'pin_memory' argument is set as true:UserWarning",
     )
 ]

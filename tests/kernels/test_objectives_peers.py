@@ -6,7 +6,6 @@ length. Its accumulators are float32, which leaves differences of 1e-7 in the lo
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -90,7 +89,6 @@ def test_kto() -> None:
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_ipo() -> None:
     """trl's IPO takes length-averaged log-probs; without a reference in it, ours is handed zeros."""
     from trl.experimental.cpo import CPOTrainer

@@ -69,8 +69,6 @@ def test_seeds_are_pooled_film_by_film() -> None:
 
 
 @pytest.mark.slow
-# peft 0.21 asks transformers 5.23 by a name that is about to go.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_whole_way_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both forms of the command, twice: the numbers stay, and what is done is not done again."""
     sizes = ["--films", "24", "--test_films", "10", "--steps", "2"]
