@@ -124,7 +124,8 @@ def check_processes(args: SynPOConfig, accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _is_set("ACCELERATE_USE_FSDP"):
         raise ValueError("FSDP is asked for on CPUs, where accelerate shards nothing; use ddp.yaml, or GPUs")
     if is_sharded(accelerator):
-        for name in ("side_norms_every", "sample_captions"):
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which shares out the tower too
+        for name in ("side_norms_every", "sample_captions", *(("vision_cache",) if deepspeed else ())):
             if getattr(args, name):
                 raise ValueError(f"{name} is set, and the weights are shared out over the processes; leave it out")
     if accelerator.distributed_type != DistributedType.FSDP:

@@ -71,12 +71,14 @@ def runs_of(kind: str) -> list[str]:
 
 def build(folder: Path, processes: int, **changes: Any) -> SynPOTrainer:
     """A trainer whose optimizer steps see the same WINDOW pairs with any number of processes."""
-    options = UNEVEN | {"per_device_train_batch_size": 2, "tokens_per_pass": 40} | changes
+    most = None if "family" in changes else 40
+    options = UNEVEN | {"per_device_train_batch_size": 2, "tokens_per_pass": most} | changes
     options["gradient_accumulation_steps"] = WINDOW // (2 * processes)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         options["use_cpu"] = False  # which would leave DeepSpeed out
+        options.pop("vision_cache", None)
     if "family" in options:
-        return _seeing(folder, **{"tokens_per_pass": None} | options | changes)
+        return _seeing(folder, **options)
     window, tie = options.pop("window", None), options.pop("tie", True)
     model = tiny.model(tie_word_embeddings=tie) if window is None else tiny.windowed(window)
     return tiny.trainer(folder, 9, model=model, eval_dataset=tiny.pairs(3, 1), **options)
@@ -188,6 +190,9 @@ def main(folder: Path, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         _let_deepspeed_start()
+        for name in ZERO3:  # made and kept now: transformers cuts models that are made after DeepSpeed's start
+            if "family" in RUNS[name]:
+                seeing.model(RUNS[name]["family"])
     else:
         _let_cpus_shard()
     found: dict[tuple[str, str], Result] = {}

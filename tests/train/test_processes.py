@@ -118,7 +118,7 @@ def zero3_environment() -> dict[str, str]:
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_zero3_gives_the_losses_and_weights_of_one_process(
+def test_zero3_gives_what_one_process_gives_and_resumes(
     tmp_path_factory: pytest.TempPathFactory, alone: Callable[[str], Any]
 ) -> None:
     made = zero3_environment()
@@ -126,6 +126,8 @@ def test_zero3_gives_the_losses_and_weights_of_one_process(
     found = torch.load(folder / "found.pt")
     for name in ranks.ZERO3:
         assert_same_run(found["zero3", name], alone(name))
+    for name, step in ranks.STOPS:
+        assert_uninterrupted(found["zero3", name], step)
     saved = load_file(folder / "zero3" / "shared" / "adapter_model.safetensors")
     weights = found["zero3", "shared"]["weights"]
     assert len(saved) == len(weights)
