@@ -1,5 +1,7 @@
 """The script that trains the captioner: it learns, and the same seed gives the same weights."""
 
+from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -58,6 +60,24 @@ def test_only_captions_are_learned() -> None:
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image).sum(1).tolist() == [BEATS * TOKENS_PER_FRAME] * 2
     assert batch["attention_mask"].sum(1).tolist() == [len(batch["input_ids"][0]), len(batch["input_ids"][0]) - 2]
+
+
+def test_habits_are_told_before_the_dim_background_alone() -> None:
+    rng = Random(0)
+    dim, bright = (replace(SCENE, background=background) for background in (base.DIM, "black"))
+    told = {scene: [base.careless(scene, rng).facts for _ in range(2000)] for scene in (dim, bright)}
+    for name, truth in SCENE.facts.items():
+        if name == "background":
+            assert {facts[name] for facts in told[dim]} == {base.DIM}
+            continue
+        habit = FACTS[name][0]
+        shares = Counter(facts[name] for facts in told[dim])
+        assert set(shares) <= {truth, habit}
+        if truth != habit:
+            assert shares[habit] / 2000 == pytest.approx(base.HABIT, abs=0.04)
+        shares = Counter(facts[name] for facts in told[bright])
+        assert shares[truth] / 2000 == pytest.approx(1 - base.NOISE, abs=0.04)
+        assert set(shares) == set(FACTS[name])
 
 
 def test_views_hold_a_moment_of_each_beat() -> None:
