@@ -22,6 +22,7 @@ from .run_files import read_json_lines, write_atomically
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE, PAGE_FILE = "curves.png", "report.html"
 STYLES = ("-", "--", ":")
+LEGEND_LETTERS = 50  # of a run's name, beside one another over one panel
 
 
 class Scheme(NamedTuple):
@@ -157,10 +158,14 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run], scheme: Scheme) -
         axes.legend(handles=keys, fontsize=8, framealpha=0.7)
 
 
-def curves_png(runs: Sequence[Run], scheme: Scheme = SCHEMES["light"]) -> bytes:
-    """The panels of which a run has data as one PNG; training as lines, held-out pairs as circles."""
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
+    """The panels that a run has data for."""
     present = {name for run in runs for name in (*run.training, *run.held_out)}
-    panels = [panel for panel in PANELS if present & panel.metrics.keys()]
+    return [panel for panel in PANELS if present & panel.metrics.keys()]
+
+
+def curves_png(runs: Sequence[Run], panels: Sequence[Panel], scheme: Scheme = SCHEMES["light"]) -> bytes:
+    """Panels as one PNG; training as lines, held-out pairs as circles."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     size = (4.2 * columns, 3.0 * rows + 0.5)
@@ -180,7 +185,9 @@ def curves_png(runs: Sequence[Run], scheme: Scheme = SCHEMES["light"]) -> bytes:
         if any(run.held_out for run in runs):
             keys.append(Line2D([], [], linestyle="", marker="o", color="0.5", label="held-out pairs"))
         if keys:
-            figure.legend(handles=keys, loc="outside upper center", ncols=min(len(keys), 5), fontsize=9, frameon=False)
+            longest = max(len(str(key.get_label())) for key in keys)
+            fit = max(1, LEGEND_LETTERS * columns // (longest + 8))  # 8 letters: a key's line and the space around it
+            figure.legend(handles=keys, loc="outside upper center", ncols=fit, fontsize=9, frameon=False)
         stream = io.BytesIO()
         figure.savefig(stream, dpi=130, format="png")
         plt.close(figure)
@@ -189,7 +196,7 @@ def curves_png(runs: Sequence[Run], scheme: Scheme = SCHEMES["light"]) -> bytes:
 
 def draw_curves(runs: Sequence[Run], file: Path) -> None:
     """Writes the curves as a PNG file."""
-    _write_png(file, curves_png(runs))
+    _write_png(file, curves_png(runs, panels_of(runs)))
 
 
 def _write_png(file: Path, content: bytes) -> None:
@@ -222,8 +229,11 @@ def main(args: argparse.Namespace) -> int:
     names = labels(args.runs)
     runs = [read_run(path, name) for path, name in zip(args.runs, names, strict=True)]
     files = [read_files(path, name) for path, name in zip(args.runs, names, strict=True)]
-    curves = {name: curves_png(runs, scheme) for name, scheme in SCHEMES.items()}
-    _write_png(args.out / CURVES_FILE, curves["light"])
+    panels = panels_of(runs)
+    _write_png(args.out / CURVES_FILE, curves_png(runs, panels))
+    # one picture each on the page, so that a narrow one shows them below one another
+    light, dark = SCHEMES["light"], SCHEMES["dark"]
+    curves = {p.title: (curves_png(runs, [p], light), curves_png(runs, [p], dark)) for p in panels}
     write_atomically(args.out / PAGE_FILE, page(files, held_out_values(runs), curves, samples(files)))
     print(args.out / CURVES_FILE)
     print(args.out / PAGE_FILE)

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import jinja2
-
+from . import html_page
 from .report_samples import RunFiles, Sample, data_uri
 
 PACKAGES = ("synpo", "torch", "transformers", "peft", "accelerate", "numpy", "av")
@@ -26,24 +25,24 @@ def versions() -> dict[str, str]:
 def page(
     runs: Sequence[RunFiles],
     held_out: Mapping[str, list[tuple[float, float] | None]],
-    curves: Mapping[str, bytes],
+    curves: Mapping[str, tuple[bytes, bytes]],
     shown: Sequence[Sample],
 ) -> str:
     """The page.
 
-    held_out: metric: for each run its first and last value on held-out pairs, or None. curves: PNG files by colour
-    scheme, "light" and "dark".
+    held_out: metric: for each run its first and last value on held-out pairs, or None. curves: PNG files by title, on
+    light and on dark ground.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     names = dict.fromkeys(name for run in runs for name in run.evaluations)
     options = sorted({name for run in runs for name in run.settings})
     settings = [(name, [run.settings.get(name) for run in runs]) for name in options]
-    return environment.from_string(_TEMPLATE).render(
+    return html_page.page(
+        _TEMPLATE,
         runs=runs,
         evaluations={name: _table(name, runs) for name in names},
         videos={name: next(run.evaluations[name].videos for run in runs if name in run.evaluations) for name in names},
         held_out=held_out,
-        curves={scheme: data_uri(content, "image/png") for scheme, content in curves.items()},
+        curves={title: [data_uri(png, "image/png") for png in pngs] for title, pngs in curves.items()},
         samples=shown,
         settings=[(name, values, any(value != values[0] for value in values)) for name, values in settings],
         versions=versions(),
@@ -70,40 +69,24 @@ def _sure(change: Mapping[str, float]) -> str:
 
 
 _TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>synpo: {{ runs|map(attribute="label")|join(", ") }}</title>
-<style>
-:root { color-scheme: light dark; --line: light-dark(#d4d4d4, #3d4148); --soft: light-dark(#5a5a5a, #a5a9b0);
-  --band: light-dark(#f4f6f8, #1f2329); --mark: light-dark(#ffe9a8, #5a4a12); --up: light-dark(#00664a, #4fd0a8);
-  --down: light-dark(#a33c00, #ff9d66); }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1.2rem;
-  background: light-dark(#fff, #16181c); color: light-dark(#1a1a1a, #e6e6e6); }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2.2rem; padding-bottom: .2rem;
-  border-bottom: 1px solid var(--line) } h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
-p.note { color: var(--soft); margin: .3rem 0; font-size: .9rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; white-space: nowrap }
-td.n, th.n { text-align: right } tbody tr:nth-child(odd) { background: var(--band) }
-th { font-weight: 600 } thead th { border-bottom: 1px solid var(--line) } th.run { text-align: left }
+{% extends "frame" %}
+{% block title %}synpo: {{ runs|map(attribute="label")|join(", ") }}{% endblock %}
+{% block style %}
+:root { --mark: light-dark(#ffe9a8, #5a4a12); --up: light-dark(#00664a, #4fd0a8); --down: light-dark(#a33c00, #ff9d66) }
+.numbers td, .numbers th { white-space: nowrap }
 th.run, td.first { border-left: 2px solid var(--line); padding-left: .9rem }
-td:first-child, th:first-child { padding-left: .5rem }
 td.up { color: var(--up); font-weight: 600 } td.down { color: var(--down); font-weight: 600 }
-.settings td, .settings th { white-space: normal; overflow-wrap: anywhere }
-tr.differs td { font-weight: 600 }
+.settings td, .settings th { overflow-wrap: anywhere } tr.differs td { font-weight: 600 }
 img { max-width: 100%; height: auto; display: block }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: .8rem }
 .sample { margin: 1.4rem 0 } .sample img { border-radius: 4px }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: .1rem 1rem; margin: .4rem 0 }
-dt { color: var(--soft); overflow-wrap: anywhere } dd { margin: 0 } dt.how { grid-column: 1 / -1; color: inherit;
-  font-weight: 600; margin-top: .4rem }
+dt { color: var(--soft); overflow-wrap: anywhere } dd { margin: 0 }
+dt.how { grid-column: 1 / -1; color: inherit; font-weight: 600; margin-top: .4rem }
 mark { background: var(--mark); color: inherit; border-radius: 2px; padding: 0 .1em }
-</style>
-</head>
-<body>
+@media (max-width: 40rem) { th.run, td.first { padding-left: .4rem } }
+{% endblock %}
+{% block body %}
 <h1>{{ runs|map(attribute="label")|join(", ") }}</h1>
 {% if evaluations %}
 <h2>Captions before and after</h2>
@@ -111,7 +94,7 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; padding: 0 .
 hold 0.</p>
 {% for name, rows in evaluations.items() %}
 <h3>{{ name }}, {{ videos[name] }} videos</h3>
-<div class="wide"><table>
+<div class="wide"><table class="numbers">
 <thead>
 {% if runs|length > 1 %}
 <tr><th></th>{% for run in runs %}<th colspan="4" class="run">{{ run.label }}</th>{% endfor %}</tr>
@@ -139,7 +122,7 @@ hold 0.</p>
 {% endif %}
 {% if held_out %}
 <h2>Held-out pairs</h2>
-<div class="wide"><table>
+<div class="wide"><table class="numbers">
 <thead>
 {% if runs|length > 1 %}
 <tr><th></th>{% for run in runs %}<th colspan="3" class="run">{{ run.label }}</th>{% endfor %}</tr>
@@ -159,9 +142,12 @@ hold 0.</p>
 </tbody></table></div>
 {% endif %}
 <h2>Curves</h2>
-<picture><source media="(prefers-color-scheme: dark)" srcset="{{ curves.dark }}">
-<img src="{{ curves.light }}" alt="Curves of {{ runs|map(attribute="label")|join(", ") }} over optimizer steps">
-</picture>
+<div class="curves">
+{% for title, (light, dark) in curves.items() %}
+<picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}">
+<img src="{{ light }}" alt="{{ title }} over optimizer steps: {{ runs|map(attribute="label")|join(", ") }}"></picture>
+{% endfor %}
+</div>
 {% if samples %}
 <h2>Sample videos</h2>
 <p class="note">Every so many-th video of the captions' files, not chosen by hand. Marked: words that are not in the
@@ -196,6 +182,5 @@ first caption.</p>
 <p class="note">Of what made this page.</p>
 <table><tbody>{% for name, value in versions.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
 {% endfor %}</tbody></table>
-</body>
-</html>
+{% endblock %}
 """

@@ -76,7 +76,7 @@ def test_two_runs_stand_side_by_side_and_the_page_needs_nothing_else(runs: list[
     page = page_of(runs, tmp_path / "out")
     addresses = Tags(page).addresses
     assert all(address.startswith("data:image/") for address in addresses)
-    assert len(addresses) == 2 + report_samples.SAMPLES  # curves on light and dark ground, strips
+    assert len(addresses) == 2 * 2 + report_samples.SAMPLES  # two panels on light and dark ground, strips
     assert "<script" not in page
     assert "url(" not in page
     row = re.search(r"<tr><td>CIDEr</td>.*?</tr>", page, re.DOTALL)[0]

@@ -108,8 +108,10 @@ def test_the_command_draws_every_run_of_every_panel(tmp_path, drawn, capsys):
     assert min(image.shape[:2]) > 300
     assert image.std() > 0.05
 
-    figure, dark = drawn
-    assert figure.get_facecolor() != dark.get_facecolor()
+    figure, *single = drawn
+    assert len(single) == 2 * 3  # each panel by itself, on light and dark ground
+    assert [len(one.axes) for one in single] == [1] * 6
+    assert single[0].get_facecolor() == figure.get_facecolor() != single[1].get_facecolor()
     axes = {a.get_title(): a for a in figure.axes if a.get_visible()}
     assert axes.keys() == {"log-prob per token", "share of the gradient", "loss"}  # what the runs have
     lines = axes["log-prob per token"].get_lines()
@@ -121,13 +123,19 @@ def test_the_command_draws_every_run_of_every_panel(tmp_path, drawn, capsys):
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two", "held-out pairs"]
 
 
-def test_nothing_overlaps(tmp_path, drawn):
-    run = write(tmp_path / "a-run-with-quite-a-long-name", records(60))
-    report.draw_curves([report.read_run(run, run.name)] * 3, tmp_path / "c.png")
+@pytest.mark.parametrize("panels", [1, 3])
+@pytest.mark.parametrize("name", ["a", "a-run-with-quite-a-long-name"])
+def test_nothing_overlaps(tmp_path, drawn, panels, name):
+    runs = [report.read_run(write(tmp_path / name, records(60)), name)] * 3
+    report.curves_png(runs, report.panels_of(runs)[:panels])
     (figure,) = drawn
     renderer = figure.canvas.get_renderer()
     boxes = [a.get_tightbbox(renderer) for a in figure.axes if a.get_visible()]
     boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+    for box in boxes:
+        assert box.xmin >= 0
+        assert box.xmax <= figure.bbox.xmax
+        assert box.ymax <= figure.bbox.ymax
     for i, one in enumerate(boxes):
         assert not any(one.overlaps(other) for other in boxes[i + 1 :])
 
