@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -68,6 +69,25 @@ def trainable(model: nn.Module, config: PeftConfig | None, seed: int) -> nn.Modu
             "the model has no trainable parameter; pass peft_config, or load the adapter with is_trainable=True"
         )
     return model
+
+
+def check_float16(model: nn.Module, autocast: bool, scaled: bool) -> None:
+    """Refuse float16 where small gradients would become zero: without a loss scaler, or in the weights that train.
+
+    autocast: whether passes run in float16. scaled: whether the loss is scaled. Errors: ValueError.
+    """
+    half = {name: p.requires_grad for name, p in model.named_parameters() if p.dtype == torch.float16}
+    if any(half.values()):
+        name = next(name for name, trains in half.items() if trains)
+        raise ValueError(
+            f"{name} would be trained in float16, where small steps are lost; load the model in float32 or bfloat16"
+        )
+    if (half or autocast) and not scaled:
+        what = "fp16=True" if autocast else "the model's weights are float16"
+        raise ValueError(
+            f"{what}, and no loss scaler is on: small gradients would become zero. Use bf16=True and a model loaded in "
+            "bfloat16 or float32, or fp16=True on a GPU, which has the scaler"
+        )
 
 
 class Head(NamedTuple):

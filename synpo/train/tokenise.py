@@ -82,8 +82,7 @@ class PairTokenizer:
         """Refuse a row with media as far as that is possible without reading them. Errors: MediaError, ValueError."""
         where = self._checked(row, index)
         record = normalise_pair(row, where)
-        for column in ("chosen", "rejected"):
-            _answer_message(record[column], where, column)
+        _answer_messages(record, where)
         self.media.check(record, where)
 
     def _checked(self, row: Mapping[str, Any], index: int) -> str:
@@ -98,8 +97,7 @@ class PairTokenizer:
     def _with_media(self, record: Mapping[str, Any], index: int, where: str) -> Pair | None:
         media = self.media.read(record, where)
         messages = self.media.messages(record["prompt"], media)
-        answers = [_answer_message(record[column], where, column) for column in ("chosen", "rejected")]
-        head, tails = self._rendered(messages, answers, where)
+        head, tails = self._rendered(messages, _answer_messages(record, where), where)
         prompt = self._ids(self.media.expand(head, media, where), special=False)
         kept = self.media.span(prompt, media, where)
         pair = self._pair(index, prompt, tails, where, kept)
@@ -133,10 +131,10 @@ class PairTokenizer:
                         "give three strings, or three conversations"
                     )
                 _refuse_blank(row[column], where, column)
+            _refuse_alike(row["chosen"], row["rejected"], where)
             return prompt, [row["chosen"], row["rejected"]]
         prompt = [_text_message(message, where, "prompt") for message in prompt]
-        answers = [_answer_message(row[column], where, column) for column in ("chosen", "rejected")]
-        return self._rendered(prompt, answers, where)
+        return self._rendered(prompt, _answer_messages(row, where), where)
 
     def _rendered(
         self, prompt: list[dict[str, Any]], answers: list[dict[str, str]], where: str
@@ -232,6 +230,12 @@ def _text_message(message: Mapping[str, Any], where: str, column: str) -> dict[s
     return {"role": message["role"], "content": content}
 
 
+def _answer_messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    answers = [_answer_message(row[column], where, column) for column in ("chosen", "rejected")]
+    _refuse_alike(*(answer["content"] for answer in answers), where)
+    return answers
+
+
 def _answer_message(answer: Any, where: str, column: str) -> dict[str, str]:
     if isinstance(answer, str):
         raise ValueError(f"{where}: prompt is a conversation but {column} is a string; give three conversations")
@@ -245,3 +249,11 @@ def _answer_message(answer: Any, where: str, column: str) -> dict[str, str]:
 def _refuse_blank(text: str, where: str, column: str) -> None:
     if not text.strip():
         raise ValueError(f"{where}: column {column!r} is an empty answer; remove the pair")
+
+
+def _refuse_alike(chosen: str, rejected: str, where: str) -> None:
+    if chosen.split() == rejected.split():
+        raise ValueError(
+            f"{where}: columns 'chosen' and 'rejected' are alike but for white space and teach no preference; remove "
+            "the pair, as synpo.pairs.apply_filters does"
+        )

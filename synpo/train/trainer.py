@@ -27,7 +27,7 @@ from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, RunningMeans, pair_metrics, since_first
 from .evaluation import pairs_file, samples_file, score_pairs, write_pairs
 from .host_memory import return_freed_tensors
-from .model import base_model, trainable
+from .model import base_model, check_float16, trainable
 from .passes import PairScorer, choose_form, tokens_per_pass
 from .processes import (
     Evened,
@@ -121,6 +121,8 @@ class SynPOTrainer(ResumableTrainer):
             compute_metrics=compute_metrics,
         )
         check_processes(args, self.accelerator)
+        if not self.is_deepspeed_enabled:  # whose engine keeps float32 copies and scales by itself
+            check_float16(self.model, args.fp16, self.accelerator.scaler is not None)
         self.references = None
         if args.needs_reference:
             vision = None if ref_model is None else open_vision(ref_model, media, cached=False)

@@ -321,6 +321,18 @@ def test_what_a_pair_must_not_have(tmp_path: Path) -> None:
     )
     refused("row 0: an answer holds '<video>'", chosen=[{"role": "assistant", "content": "w1 <video> w2"}])
     refused("videos.*1 given, but the prompt has 2", prompt=[{"role": "user", "content": two}])
+    spoken = [{"type": "video"}, {"type": "text", "text": "w1 <ctx>"}]
+    refused(
+        r"row 0: the prompt has 17 places for 16 vision vectors",
+        "internvl",
+        prompt=[{"role": "user", "content": spoken}],
+    )
+    spoken[1]["text"] = "w1 <video>"
+    refused(
+        "row 0: the rendered prompt has '<video>' 2 times, 1 expected", prompt=[{"role": "user", "content": spoken}]
+    )
+    same = [{"role": "assistant", "content": f"w1 {space}w2"} for space in ("", "\n")]
+    refused("row 0: columns 'chosen' and 'rejected' are alike but for white space", chosen=same[:1], rejected=same[1:])
     refused("images.*trained on videos here", videos=[], images=[{"bytes": b"x"}], prompt=words)
 
 

@@ -129,6 +129,8 @@ def test_too_long_is_an_error_where_asked() -> None:
         ({"chosen": [{"role": "assistant", "content": "  "}]}, "row 5: column 'chosen' is an empty answer"),
         ({"rejected": [{"role": "assistant", "content": "w1"}] * 2}, "row 5: column 'rejected' has 2 messages"),
         ({"prompt": "w1", "chosen": "w1", "rejected": " "}, "row 5: column 'rejected' is an empty answer"),
+        ({"rejected": [{"role": "assistant", "content": " w3\n"}]}, "row 5: columns 'chosen' and 'rejected' are alike"),
+        ({"prompt": "w1", "chosen": "w1 w2", "rejected": "w1  w2"}, "row 5: columns 'chosen' and 'rejected' are alike"),
         ({"images": [{"path": "a.png"}]}, "row 5: has images or videos"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},

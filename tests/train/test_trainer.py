@@ -91,6 +91,20 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         tiny.trainer(tmp_path, train_dataset=table)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": False}, r"model\.embed_tokens\.weight would be trained in float16"),
+        ({}, "the model's weights are float16, and no loss scaler is on"),
+        ({"bf16": True}, "the model's weights are float16, and no loss scaler is on"),
+        ({"fp16": True, "model": None}, "fp16=True, and no loss scaler is on"),
+    ],
+)
+def test_float16_without_a_scaler_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, 2, **{"model": tiny.model().half()} | options)
+
+
 def test_strings_train_too(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"prompt": "w1 w2", "chosen": f"w{i}", "rejected": "w9 w8"} for i in range(10, 14)])
     trainer = tiny.trainer(tmp_path, train_dataset=rows, max_steps=2)
