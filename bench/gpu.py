@@ -5,6 +5,7 @@
     python -m bench.gpu kernels        ceilings, and every case against every peer that imports
     python -m bench.gpu tune           times the candidates of tiling.py, and prints the lines to paste there
     python -m bench.gpu steps          training steps in the shapes of 8B models
+    python -m bench.gpu attention      prefix_attention beside PyTorch's attention, in the shapes of models
     python -m bench.gpu decoding       bench.contrastive for 1, 8 and 64 rows, V 32,000 and 151,936
 
 Needs Python, torch, triton and pytest; --wheels names a folder of wheels to use beside what is installed. Every row is
@@ -23,20 +24,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .gpu_machine import BUILD, ROOT, build_native, install_native, unpack, world
 
-PARTS = ("tests", "kernels", "tune", "steps", "decoding")
+PARTS = ("tests", "kernels", "tune", "steps", "attention", "decoding")
 MINUTES = 8.5  # of a part by itself, and of the two that run by default
 TEST_MINUTES = 3.5  # of them, the tests'
 # The launchers themselves, and the tests of the ops that ask for a device.
 DEVICE_TESTS = (
-    "tests/kernels/interpreted.py", "tests/kernels/test_on_gpu.py", "tests/kernels/test_linear_logps.py",
-    "tests/kernels/test_pair_loss.py", "tests/kernels/test_golden.py", "tests/kernels/test_as_torch_ops.py",
+    "tests/kernels/interpreted.py", "tests/kernels/interpreted_attention.py", "tests/kernels/test_on_gpu.py",
+    "tests/kernels/test_linear_logps.py", "tests/kernels/test_pair_loss.py", "tests/kernels/test_prefix_attention.py",
+    "tests/kernels/test_golden.py", "tests/kernels/test_as_torch_ops.py",
 )  # fmt: skip
-SANITIZED = "edges or one_launch"  # tests run under compute-sanitizer: ragged tiles of every route, the loss
+SANITIZED = "edges or one_launch"  # of the first two, under compute-sanitizer: ragged tiles of every route, the loss
 SANITIZER_SECONDS = 100
 # Nsight Compute on our kernels, before tuning: how near each unit is to its peak, and what warps wait for.
 PROFILER = (
@@ -110,8 +113,8 @@ def _run(part: str, run: Run, shared: bool) -> bool:
     run.say(part)
     if part == "tests":
         return run_tests(run, min(run.left(), 60 * TEST_MINUTES) if shared else run.left())
-    parts = {"kernels": run_kernels, "tune": run_tune, "steps": run_steps, "decoding": run_decoding}
-    return parts[part](run)
+    parts = {"kernels": run_kernels, "tune": run_tune, "steps": run_steps, "attention": run_attention}
+    return (parts | {"decoding": run_decoding})[part](run)
 
 
 def pytest_command(run: Run, *rest: str) -> list[str]:
@@ -137,7 +140,7 @@ def run_tests(run: Run, seconds: float) -> bool:
     elif left < 20:
         run.say("compute-sanitizer: no time left for it")
     else:
-        checked = [tool, "--error-exitcode", "9", *pytest_command(run, DEVICE_TESTS[0])]
+        checked = [tool, "--error-exitcode", "9", *pytest_command(run, *DEVICE_TESTS[:2])]
         # Without the caching allocator a tensor ends where its allocation does, so that a step beyond it shows.
         passed &= _watch(
             run,
@@ -261,13 +264,35 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _measured(
+    run: Run, path: Path, names: tuple[str, ...], jobs: list[dict[str, Any]], call: str, limit: float
+) -> Iterator[tuple[dict[str, Any], Any, str]]:
+    """Each job that has no row in ``path`` yet, by these names, with its answer or what went wrong, until the time is
+    up; all in one worker.
+    """
+    from .gpu_jobs import Worker
+
+    done = {tuple(row[name] for name in names) for row in read(path)}
+    with (run.out / "worker.log").open("a") as log:
+        worker = Worker(log, run.environment)
+        try:
+            for job in jobs:
+                if tuple(str(job[name]) for name in names) in done:
+                    continue
+                if run.left() < 5:
+                    run.say("the time is up; the same command goes on with the rest")
+                    break
+                yield job, *worker.run(call, job["arguments"], min(limit, run.left()))
+        finally:
+            worker.close()
+
+
 def run_tune(run: Run) -> bool:
     """Times every candidate on every shape until the time is up; the advice from all rows so far."""
     import torch
 
     from . import gpu_tune
     from .cases import CASES
-    from .gpu_jobs import Worker
 
     path = run.out / "tune.csv"
     if shutil.which(PROFILER[0]) is None:
@@ -275,27 +300,13 @@ def run_tune(run: Run) -> bool:
     elif not (run.out / "ncu.log").exists():
         code = f"from bench.gpu_kernels import profiled; profiled({run.device!r})"
         _watch(run, "ncu.log", [*PROFILER, sys.executable, "-c", code], min(PROFILER_SECONDS, run.left()))
-    done = {(row["case"], row["n"], row["kind"], row["choice"]) for row in read(path)}
-    with (run.out / "worker.log").open("a") as log:
-        worker = Worker(log, run.environment)
-        try:
-            for job in gpu_tune.plan(run.device, gpu_tune.architecture(torch.device(run.device))):
-                if (job["case"], str(job["n"]), job["kind"], job["choice"]) in done:
-                    continue
-                if run.left() < 5:
-                    run.say("the time is up; the same command goes on with the rest")
-                    break
-                answer, wrong = worker.run(
-                    "bench.gpu_tune:time_candidate", job["arguments"], min(gpu_tune.LIMIT, run.left())
-                )
-                case = CASES[job["case"]]
-                names = ("case", "n", "kind", "choice")
-                row = {name: job[name] for name in names} | {"H": case.H, "V": case.V} | (answer or {"note": wrong})
-                append(path, gpu_tune.COLUMNS, [row])
-                run.say(f"{row['case']} n={row['n']} {row['kind']} {row['choice']}: "
-                        f"{row.get('ratio_to_gemm') or row['note']}")  # fmt: skip
-        finally:
-            worker.close()
+    jobs = gpu_tune.plan(run.device, gpu_tune.architecture(torch.device(run.device)))
+    names = ("case", "n", "kind", "choice")
+    for job, answer, wrong in _measured(run, path, names, jobs, "bench.gpu_tune:time_candidate", gpu_tune.LIMIT):
+        case = CASES[job["case"]]
+        row = {name: job[name] for name in names} | {"H": case.H, "V": case.V} | (answer or {"note": wrong})
+        append(path, gpu_tune.COLUMNS, [row])
+        run.say(f"{row['case']} n={row['n']} {row['kind']} {row['choice']}: {row.get('ratio_to_gemm') or row['note']}")
     advice = gpu_tune.advice(read(path))
     (run.out / "tiling.txt").write_text(advice + "\n")
     print(advice)
@@ -333,6 +344,28 @@ def run_steps(run: Run) -> bool:
     (run.out / "steps.md").write_text(table + "\n")
     print(table)
     return not failed
+
+
+def run_attention(run: Run) -> bool:
+    """The rows of gpu_attention.plan until the time is up, and the advice from all rows so far."""
+    import torch
+
+    from . import gpu_attention
+
+    path, passed = run.out / "attention.csv", True
+    jobs, limit = gpu_attention.plan(run.device), gpu_attention.LIMIT
+    call = "bench.gpu_attention:measure_attention"
+    for job, answer, wrong in _measured(run, path, gpu_attention.NAMES, jobs, call, limit):
+        row = {name: job[name] for name in gpu_attention.NAMES} | gpu_attention.world(run.device)
+        row |= answer or {"note": wrong}
+        append(path, gpu_attention.COLUMNS, [row])
+        passed &= bool(job["tile"] or row.get("both_ms"))  # a tile may not fit; what is used must run
+        run.say(gpu_attention.line(row))
+    capability = torch.cuda.get_device_capability() if run.device == "cuda" else (0, 0)
+    text = gpu_attention.advice(read(path), capability)
+    (run.out / "attention.txt").write_text(text + "\n")
+    print(text)
+    return passed
 
 
 def run_decoding(run: Run) -> bool:

@@ -6,6 +6,7 @@ from . import native, objectives
 from .contrastive import SampleOutput, contrastive_logits, contrastive_sample
 from .linear_logps import linear_logps
 from .pair_loss import FusedPreferenceLoss, FusedSynPOLoss, PreferenceOutput
+from .prefix_attention import prefix_attention
 
 if torch.version.cuda is not None:  # a torch built for CUDA; triton comes with it
     from . import vocab_cuda
@@ -22,4 +23,5 @@ __all__ = [
     "linear_logps",
     "native",
     "objectives",
+    "prefix_attention",
 ]

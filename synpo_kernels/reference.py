@@ -1,6 +1,7 @@
 """Oracles: every op in its shortest correct form, any float dtype, full logits and autograd; for checks alone."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,34 @@ def preference_loss(
     running = torch.nn.functional.pad(valid.cumsum(0), (1, 0))
     function = objectives.REGISTRY[objective].function
     return function(logps[valid], running[cu_seqlens.long()], ref_logps=ref_logps, **hyperparameters).mean()
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Sequence[tuple[int, int, int, int]],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """query (T, h, d), key and value (T, g, d) -> (T, h, d), 0 outside of pieces: one softmax under a (T, T) mask."""
+    T, h, d = query.shape
+    key, value = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (key, value))
+    places = torch.arange(T, device=query.device)
+    visible = torch.zeros((T, T), dtype=torch.bool, device=query.device)
+    for start, stop, prompt_start, prompt_stop in pieces:
+        own, prompt = slice(start, stop), slice(prompt_start, prompt_stop)
+        length = prompt_stop - prompt_start
+        back = length + places[: stop - start, None] - places[: length + stop - start]  # in the sequence by itself
+        seen = (back >= 0) & (back < (T if window is None else window))
+        visible[own, prompt], visible[own, own] = seen[:, :length], seen[:, length:]
+    z = torch.einsum("qhd,khd->hqk", query, key) * (d**-0.5 if scale is None else scale)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    p = z.masked_fill(~visible, -math.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", p.masked_fill(~visible, 0.0), value)
 
 
 def contrastive_logits(

@@ -1,7 +1,7 @@
 """Tile choices as committed data, per architecture: which form of a pass runs, and in which tiles.
 
 NOT YET MEASURED. The tiles compile without spills and within the shared memory of their architecture
-(tests/kernels/test_offline.py holds that); which is fastest, and from which H on the fused form beats the library's
+(tests/kernels/test_offline.py and test_attention_offline.py hold that); which is fastest, and from which H on the fused form beats the library's
 product and an extra pass, is an estimate until it is timed on the hardware. docs/triton.md says how it was made.
 """
 
@@ -38,6 +38,24 @@ class RowTile(NamedTuple):
     group: int  # tokens of which a scan keeps the largest, for top-k; with k = 64 the draw looks at 64 groups again
     warps: int  # of a scan
     draw_warps: int  # of the program that draws from one row
+
+
+class AttentionTile(NamedTuple):
+    """How one kernel of prefix_attention cuts its scores."""
+
+    queries: int  # rows of a block of scores
+    keys: int  # its columns
+    stages: int  # blocks in flight
+    warps: int
+
+
+class AttentionTiles(NamedTuple):
+    """The choices for heads of up to ``size`` numbers, one a kernel."""
+
+    size: int
+    forward: AttentionTile
+    grad_query: AttentionTile
+    grad_key: AttentionTile
 
 
 class Tiles(NamedTuple):
@@ -86,6 +104,25 @@ TILES: dict[int, Tiles] = {
 PASS = PassTile(rows=4, columns=1024, warps=4)
 ROW = RowTile(block=1024, group=64, warps=4, draw_warps=8)
 
+# Architecture -> choices for bfloat16 and float16, narrow heads first. Others run PyTorch's attention.
+ATTENTION: dict[int, tuple[AttentionTiles, ...]] = {
+    80: (
+        AttentionTiles(64, AttentionTile(128, 128, 3, 8), AttentionTile(128, 64, 2, 8), AttentionTile(32, 128, 2, 8)),
+        AttentionTiles(128, AttentionTile(128, 64, 3, 8), AttentionTile(64, 64, 2, 8), AttentionTile(32, 64, 2, 8)),
+        AttentionTiles(256, AttentionTile(64, 64, 2, 8), AttentionTile(64, 32, 2, 8), AttentionTile(32, 32, 2, 8)),
+    ),
+    90: (
+        AttentionTiles(64, AttentionTile(128, 128, 3, 8), AttentionTile(128, 128, 2, 8), AttentionTile(64, 128, 2, 8)),
+        AttentionTiles(128, AttentionTile(128, 64, 3, 8), AttentionTile(128, 64, 2, 8), AttentionTile(32, 128, 2, 8)),
+        AttentionTiles(256, AttentionTile(128, 32, 2, 8), AttentionTile(64, 16, 2, 8), AttentionTile(32, 32, 2, 8)),
+    ),
+    100: (
+        AttentionTiles(64, AttentionTile(128, 64, 3, 4), AttentionTile(128, 64, 2, 8), AttentionTile(64, 64, 2, 8)),
+        AttentionTiles(128, AttentionTile(128, 64, 3, 8), AttentionTile(64, 64, 2, 8), AttentionTile(64, 64, 2, 8)),
+        AttentionTiles(256, AttentionTile(64, 32, 2, 8), AttentionTile(64, 32, 1, 8), AttentionTile(32, 32, 2, 8)),
+    ),
+}
+
 LOGIT_BYTES = 32 << 20  # float32 logits between the library's product and the pass: within an H200's L2 cache
 ROW_MULTIPLE = 128  # row chunks are multiples of this where the workspace allows
 
@@ -116,3 +153,15 @@ def route(device: torch.device, dtype: torch.dtype, H: int, tile: torch.dtype | 
         return LIBRARY
     candidates = tiles.capped if softcap > 0 else tiles.store if store else tiles.sums
     return Route(candidates[0], tiles.descriptors, properties.multi_processor_count)
+
+
+def attention(device: torch.device, dtype: torch.dtype, size: int) -> AttentionTiles | None:
+    """The committed choice for heads of ``size`` numbers; None where prefix_attention has no kernels of its own.
+
+    float32 has none: its products in full precision spill registers in all but the smallest tiles.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    choices = ATTENTION.get(properties.major * 10 + properties.minor, ())
+    return next((tiles for tiles in choices if size <= tiles.size), None)

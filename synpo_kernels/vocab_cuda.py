@@ -20,6 +20,7 @@ from . import tiling, vocab_passes
 from .contrastive_triton import contrastive_logits, contrastive_sample
 from .device import workspace_bytes
 from .loss_triton import synpo_loss
+from .prefix_attention_cuda import prefix_attention, prefix_attention_backward
 from .vocab_triton import Pairs, Rows, empty_pairs, exponentiate, has_descriptors, reduce, score
 
 _ALIGNMENT = 16  # bytes: TMA asks it of rows
@@ -235,8 +236,9 @@ def softmax_grads(
 
 def register() -> None:
     """Puts every op that has a CUDA form at its CUDA key. Not done by importing: tests load this on the CPU."""
-    ops = (softmax_sums, softmax_grads, softmax_store, tile_grads, synpo_loss, contrastive_logits, contrastive_sample)
-    for op in ops:
+    passes = (softmax_sums, softmax_grads, softmax_store, tile_grads)
+    contrastive = (contrastive_logits, contrastive_sample)
+    for op in (*passes, synpo_loss, *contrastive, prefix_attention, prefix_attention_backward):
         _LIBRARY.impl(op.__name__, _on_its_device(op), "CUDA")
 
 

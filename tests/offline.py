@@ -1,6 +1,6 @@
 """Compiles Triton kernels for GPUs that are not there, as their launchers would, and reads the result.
 
-    python -m tests.offline        the table in docs/triton.md: registers and shared memory of every listed tile
+    python -m tests.offline        the tables in docs/triton.md: registers and shared memory of every listed tile
 
 The launchers run on small CPU tensors with Triton told of an absent device and launching switched off, so that what is
 compiled is what would run: same constants, same alignment, same options.
@@ -124,5 +124,21 @@ def table() -> str:
     return "\n".join(out)
 
 
+def attention_table() -> str:
+    """Markdown: what prefix_attention's kernels need in every listed tile, with a soft cap, the heaviest form."""
+    from synpo_kernels.tiling import ATTENTION, TILES
+    from tests.kernels.test_attention_offline import compile_case
+
+    columns = ("arch", "heads up to", "kernel", "queries x keys", "stages", "warps", "registers", "shared memory")
+    out = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for arch, tiles in tqdm([(arch, tiles) for arch, listed in ATTENTION.items() for tiles in listed], unit="tiles"):
+        kernels = compile_case(arch, tiles, "capped")
+        for name, tile, kernel in zip(tiles._fields[1:], tiles[1:], kernels, strict=True):
+            shape, shared = f"{tile.queries} x {tile.keys}", f"{kernel.shared:,} of {TILES[arch].shared_memory:,} B"
+            cells = (f"sm_{arch}", tiles.size, name, shape, tile.stages, tile.warps, kernel.registers, shared)
+            out.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(out)
+
+
 if __name__ == "__main__":
-    print(f"Triton {triton.__version__}\n\n{table()}")
+    print(f"Triton {triton.__version__}\n\n{table()}\n\n{attention_table()}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .media import Media, MediaError, has_media
-from .prefix import Layout, Piece
+from .pieces import Layout, Piece
 from .reference_table import Sums, pair_key
 from .tokenise import COLUMNS, Pair, PairTokenizer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from _pytest.mark.expression import Expression
 
-from bench import cases, gpu, gpu_jobs, gpu_kernels, gpu_machine, gpu_steps, gpu_tune
+from bench import cases, gpu, gpu_attention, gpu_jobs, gpu_kernels, gpu_machine, gpu_steps, gpu_tune
 from bench.cases import Case
 from bench.gpu_peers import liger_cute_logps
 from bench.implementations import IMPLEMENTATIONS, naive_logps
@@ -134,6 +134,43 @@ def test_tune_times_checks_and_advises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_tune.vocab_cuda, "store", lambda *a: (a[2].reference, torch.ones(8)))
     wrong = gpu_tune.time_candidate("tiny", 8, "library store", {"block": [4, 32, 4], "mb": 1}, "cpu")
     assert wrong["note"].startswith("wrong: its log sums are")
+
+
+def test_attention_is_checked_timed_and_advised_on(tmp_path, capsys):
+    """On a CPU: the op's plain form, and no flash attention."""
+    assert run("attention", tmp_path) == 0
+    found = rows(tmp_path / "attention.csv")
+    assert [row["implementation"] for row in found if row["both_ms"]] == ["kernels", "plain", "pieces"]
+    assert all("off plain rows" in row["note"] for row in found)
+    assert "FLASH_IS_FASTER: without (0, 0)" in (tmp_path / "attention.txt").read_text()
+    assert run("attention", tmp_path) == 0
+    assert len(rows(tmp_path / "attention.csv")) == len(found)
+
+
+def test_what_attentions_times_say():
+    def row(implementation, tile, ms):
+        shape = {"model": "llama3-8b", "prompt": "4096", "answer": "512", "pairs": "1"}
+        return shape | {"implementation": implementation, "tile": tile, "both_ms": ms}
+
+    made = [row("kernels", "", "2"), row("boundaries", "", "1"), row("kernels", "forward (64, 64, 3, 4)", "1.5")]
+    made += [row("kernels", "forward (128, 128, 2, 8)", "3"), row("kernels", "grad_key (64, 64, 2, 8)", "")]
+    text = gpu_attention.advice(made, (9, 0))
+    assert "FLASH_IS_FASTER: with (9, 0)  # 0.50" in text
+    assert "# tiling.ATTENTION, heads of 128: forward (64, 64, 3, 4) 0.750 of the time in use" in text
+    assert "(128, 128, 2, 8)" not in text
+    made[1]["both_ms"] = "3"
+    assert "FLASH_IS_FASTER: without (9, 0)" in gpu_attention.advice(made, (9, 0))
+    jobs = gpu_attention.plan("cuda")
+    assert len({tuple(job[name] for name in gpu_attention.NAMES) for job in jobs}) == len(jobs)
+    assert all(row[name] == str(jobs[0][name]) for row in made[:1] for name in gpu_attention.NAMES)
+
+
+def test_a_wrong_attention_is_not_timed(monkeypatch):
+    job = gpu_attention.plan("cpu")[0]
+    monkeypatch.setattr(
+        gpu_attention.pieces, "_by_kernels", lambda q, k, v, *_: q.transpose(1, 2) + 0 * (k.sum() + v.sum())
+    )
+    assert gpu_attention.measure_attention(**job["arguments"])["note"].startswith("wrong: ")
 
 
 def test_steps_of_every_loss_are_taken_and_written(tmp_path, capsys, monkeypatch):

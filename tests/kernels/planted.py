@@ -11,7 +11,8 @@ class Mistake(NamedTuple):
 
     right: str
     wrong: str
-    problem: str = "ordinary"  # of problems.PROBLEMS, interpreted_contrastive.LAWS or the loss's forms
+    # Of problems.PROBLEMS, attention_problems.PROBLEMS, interpreted_contrastive.LAWS or the loss's forms.
+    problem: str = "ordinary"
     route: str = "pointers"  # of interpreted.ROUTES
     trainable: bool = False
 
@@ -115,6 +116,47 @@ CONTRASTIVE = {
         "above + tl.cumsum(wide, axis=0) > u * mass", "tl.cumsum(wide, axis=0) > u * mass", "top-p alone"
     ),
     "a walk that never ends top-p": Mistake("& (above + tl.cumsum(wide, axis=0) - wide < cut)", "", "top-p alone"),
+}
+
+# In prefix_attention_triton.py, caught by running its launchers.
+ATTENTION = {
+    "window off by one": Mistake("(back < window)", "(back <= window)", "a window in the answers"),
+    "window that starts a key late": Mistake(
+        "first - gap - window + 1)", "first - gap - window + 2)", "a window into the prompt"
+    ),
+    "window that ends a query early": Mistake("- 1 + gap + window)", "- 2 + gap + window)", "a window into the prompt"),
+    "window that forgets the gap": Mistake(
+        "back = queries - keys - gap", "back = queries - keys", "a window into the prompt"
+    ),
+    "causal off by one": Mistake("(back >= 0)", "(back >= -1)", "a pair"),
+    "a block on the diagonal taken whole": Mistake("// KEYS * KEYS", "// KEYS * KEYS + KEYS", "edges"),
+    "prompt forgotten in dk and dv": Mistake(
+        "query_stop = tl.load(spans + i * _SPAN + 1)",
+        "query_stop = tl.where(tl.load(spans + i * _SPAN + 4) > 0, 0, tl.load(spans + i * _SPAN + 1))",
+        "a pair",
+    ),
+    "one of a prompt's answers forgotten in dk and dv": Mistake(
+        "for i in range(tl.load(tile + 2), tl.load(tile + 3)):\n            query_stop",
+        "for i in range(tl.load(tile + 2), min(tl.load(tile + 3), tl.load(tile + 2) + 3)):\n            query_stop",
+        "a prompt of several pieces, shared",
+    ),
+    "keys after the prompt's end": Mistake(
+        "elif (key_start <= first) & (last <= key_stop):", "elif key_start <= first:", "edges"
+    ),
+    "one head of the group alone": Mistake(
+        "range(shared * GROUP, shared * GROUP + GROUP)", "range(shared * GROUP, shared * GROUP + 1)", "a pair"
+    ),
+    "keys of another head": Mistake("value_head\n    q = _load(query", "value_head * 0\n    q = _load(query", "a pair"),
+    "soft cap without its slope": Mistake("ds *= 1.0 - t * t", "ds *= 1.0", "a soft cap"),
+    "soft cap of half the size": Mistake("softcap - 2.0 * softcap /", "softcap - 1.0 * softcap /", "a soft cap"),
+    "sum not rescaled": Mistake("l = l * shrink", "l = l", "rising"),
+    "values not rescaled": Mistake("acc * shrink[:, None]", "acc", "rising"),
+    "D forgotten": Mistake("ds = p * (dp - delta)", "ds = p * dp", "a pair"),
+    "scale forgotten in dk": Mistake("dk * (scale * _LN2)", "dk", "a pair"),
+    "beyond a head's numbers": Mistake(
+        "(columns < SIZE)[None, :], other=0.0)\n    if", "(columns < WIDTH)[None, :], other=0.0)\n    if", "a pair"
+    ),
+    "log sums in units of log 2": Mistake("(m + tl.log2(l)) * _LN2", "m + tl.log2(l)", "a pair"),
 }
 
 # In vocab_triton.py, caught by compiling alone: the interpreter runs it.

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from synpo_kernels import FusedSynPOLoss, linear_logps, reference
+from synpo_kernels import FusedSynPOLoss, linear_logps, prefix_attention, reference
+from tests.kernels.attention_problems import Problem, by_autograd, check, ordinary, pair
 from tests.kernels.conftest import PASSES
 
 pytestmark = [
@@ -42,7 +43,7 @@ def loss_and_gradients(trainable: bool, problem: tuple[Tensor, ...], **options: 
 
 
 def test_the_kernels_are_ours() -> None:
-    for op in (*PASSES, "synpo_loss"):
+    for op in (*PASSES, "synpo_loss", "prefix_attention", "prefix_attention_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"synpo::{op}", "CUDA")
 
 
@@ -102,3 +103,52 @@ def test_a_workspace_past_two_to_the_31_elements(H: int) -> None:
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < 1e-2, error  # bf16 gradients, summed in another order
         assert a[-1].isfinite().all()
+
+
+def attention(d: int, **options: float) -> Problem:
+    """Two pairs and padding, in bfloat16: several tiles of every kernel, ragged ones at every edge."""
+    pieces = [*pair(0, 300, 129, 65), *pair(500, 64, 127, 300)]
+    return ordinary(pieces, T=1000, h=8, g=2, d=d, **options).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
+def test_attention_in_the_tiles_in_use(d: int, options: dict[str, float]) -> None:
+    p = attention(d, **options)
+    check(p, by_autograd(prefix_attention, p))
+
+
+def test_attention_never_makes_the_host_wait() -> None:
+    p = attention(128)
+    by_autograd(prefix_attention, p)  # compiles
+    moved = p._replace(pieces=[*pair(1, 300, 129, 65), *pair(500, 64, 127, 300)])  # a work list that is not made yet
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        by_autograd(prefix_attention, moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_attention_gives_the_same_bits_on_every_run_and_stream() -> None:
+    p = attention(128)
+    first, again, stream = by_autograd(prefix_attention, p), by_autograd(prefix_attention, p), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        elsewhere = by_autograd(prefix_attention, p)
+    torch.cuda.current_stream().wait_stream(stream)
+    for results in (again, elsewhere):
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_attention_copies_nothing() -> None:
+    """Memory beyond the results: lse and D, 8 bytes a token and head, and work lists of a few kilobytes."""
+    p = ordinary(pair(0, 4096, 512, 512), h=32, g=8, d=128).to(torch.bfloat16)
+    by_autograd(prefix_attention, p)  # compiles
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = by_autograd(prefix_attention, p)
+    torch.cuda.synchronize()
+    made = sum(x.numel() * x.element_size() for x in results)
+    assert torch.cuda.max_memory_allocated() - held <= made + 8 * 5120 * 32 + (1 << 16)

@@ -8,7 +8,7 @@ import torch
 assert torch.version.hip is None
 torch.version.cuda = "13.0"  # what decides; no GPU is asked for
 import synpo_kernels
-for op in ("softmax_sums", "softmax_grads", "softmax_store", "tile_grads", "synpo_loss"):
+for op in ("softmax_sums", "softmax_grads", "softmax_store", "tile_grads", "synpo_loss", "prefix_attention"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"synpo::{op}", "CUDA"), op
 """
 

@@ -14,7 +14,8 @@ def test_the_launchers(request: pytest.FixtureRequest) -> None:
     device = request.config.getoption("--device")
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    tests = [str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_contrastive.py")]
+    files = "interpreted.py", "interpreted_contrastive.py", "interpreted_attention.py"
+    tests = [str(Path(__file__).with_name(name)) for name in files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", device, *tests],
         env=environment,

@@ -5,6 +5,7 @@ order.
 """
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +28,10 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from synpo.train import SynPOTrainer, lora_recipe, prefix
+from synpo.train import SynPOTrainer, lora_recipe, pieces, prefix
 from synpo.train.collate import PLAIN, Form, PairCollator, assemble
 from synpo.train.passes import PairScorer
-from synpo.train.prefix import Layout, Piece
+from synpo.train.pieces import Layout, Piece, UnsupportedAttention, piecewise
 from synpo.train.tokenise import Pair
 from tests.train import tiny
 
@@ -190,8 +191,8 @@ def test_rows_hold_the_prompt_once() -> None:
         [t for p in (a, b) for ids in (p.prompt, p.chosen, p.rejected) for t in ids.tolist()]
     ]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 2]]
-    pieces = ((0, 5, 0, 0), (5, 9, 0, 3), (9, 16, 9, 9), (16, 17, 9, 11))
-    assert batch["layout"].rows == (tuple(Piece(*piece) for piece in pieces),)
+    expected = ((0, 5, 0, 0), (5, 9, 0, 3), (9, 16, 9, 9), (16, 17, 9, 11))
+    assert batch["layout"].rows == (tuple(Piece(*piece) for piece in expected),)
     # Tokens are predicted by the one before them, the first of an answer by the last of its prompt.
     assert batch["positions"].tolist() == [2, 3, 10, 11, 12, 13, 14, 2, 5, 6, 7, 10]
     assert batch["labels"].tolist() == [
@@ -248,10 +249,72 @@ def test_boundaries_describe_the_pieces(monkeypatch: pytest.MonkeyPatch, form: F
     rows, width = batch["input_ids"].shape
     query = torch.randn(rows, 4, width, 8, dtype=torch.float64)
     key, value = torch.randn(2, rows, 2, width, 8, dtype=torch.float64)
-    expected = prefix.piecewise(nn.Module(), query, key, value, batch["layout"], scaling=0.3, sliding_window=window)
-    monkeypatch.setattr(prefix, "varlen_attn", varlen)
-    got = prefix._by_boundaries(query, key, value, batch["layout"], 0.3, window)
+    expected = piecewise(nn.Module(), query, key, value, batch["layout"], scaling=0.3, sliding_window=window)
+    monkeypatch.setattr(pieces, "varlen_attn", varlen)
+    got = pieces._by_boundaries(query, key, value, batch["layout"], 0.3, window)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def random_layout(rows: int, width: int) -> Layout:
+    """Rows of pieces of any length, half of which go on from tokens before them; padding at the end of some rows."""
+    made = []
+    for _ in range(rows):
+        cuts = sorted({0, *torch.randint(1, width + 1, (4,)).tolist()})
+        row = []
+        for start, stop in itertools.pairwise(cuts):
+            prompt = sorted(torch.randint(start + 1, (2,)).tolist()) if torch.rand(()) < 0.5 else (0, 0)
+            row.append(Piece(start, stop, *prompt))
+        made.append(tuple(row))
+    return Layout(tuple(made))
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_one_call_of_prefix_attention_is_the_piece_by_piece_function(seed: int, options: dict[str, Any]) -> None:
+    """Values and gradients of queries, keys and values as a model's projections lie, on any layout."""
+    torch.manual_seed(seed)
+    layout = random_layout(3, 24)
+    given = [torch.randn(3, 24, heads, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    expected = piecewise(nn.Module(), *given, layout, scaling=0.3, **options)
+    got = pieces._by_kernels(*given, layout, 0.3, options.get("sliding_window"), options.get("softcap"))
+    upstream = torch.randn_like(expected)
+    results = ((out, *torch.autograd.grad(out, given, upstream)) for out in (got, expected))
+    allowed = 1e-6 if "softcap" in options else 1e-12  # under a soft cap pieces take their softmax in float32
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(ours, want, rtol=allowed, atol=allowed)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "flash", "faster", "dropout", "chosen"),
+    [
+        (True, True, False, 0.0, "_by_kernels"),
+        (True, True, True, 0.0, "_by_boundaries"),
+        (True, False, True, 0.0, "_by_kernels"),  # a soft cap
+        (False, True, False, 0.0, "_by_boundaries"),  # a GPU without tiles
+        (False, False, False, 0.0, "_windowed"),
+        (True, True, True, 0.1, "_windowed"),
+    ],
+)
+def test_which_attention_runs(
+    monkeypatch: pytest.MonkeyPatch, kernels: bool, flash: bool, faster: bool, dropout: float, chosen: str
+) -> None:
+    class Chosen(Exception):
+        pass
+
+    def choose(name: str) -> Callable[..., Any]:
+        def run(*_: Any) -> Any:
+            raise Chosen(name)
+
+        return run
+
+    for name in ("_by_kernels", "_by_boundaries", "_windowed"):
+        monkeypatch.setattr(pieces, name, choose(name))
+    monkeypatch.setattr(pieces, "_kernels_take", lambda *_: kernels)
+    monkeypatch.setattr(pieces, "_flash_takes", lambda *_: flash)
+    monkeypatch.setattr(pieces, "_flash_is_faster", lambda *_: faster)
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(Chosen, match=chosen):
+        piecewise(nn.Module(), x, x, x, Layout(((Piece(0, 2),),)), dropout=dropout)
 
 
 # Models that cannot, and what happens then
@@ -365,5 +428,5 @@ def test_attention_that_is_not_causal_is_refused() -> None:
     module = nn.Module()
     module.is_causal = False
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(prefix.UnsupportedAttention, match="Module has attention that is not causal"):
-        prefix.piecewise(module, x, x, x, Layout(((Piece(0, 2),),)))
+    with pytest.raises(UnsupportedAttention, match="Module has attention that is not causal"):
+        piecewise(module, x, x, x, Layout(((Piece(0, 2),),)))
