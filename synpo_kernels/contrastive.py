@@ -254,7 +254,8 @@ _LOW_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring tokens side by side in memory; rows may lie anywhere."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    # Not contiguous(): it takes one token, or no row, of any stride as they are.
+    return x if x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _seeds(seed: int | Tensor | None, logits: Tensor) -> Tensor:
@@ -269,8 +270,8 @@ def _seeds(seed: int | Tensor | None, logits: Tensor) -> Tensor:
         if seed.device != logits.device:
             raise ValueError(f"logits are on {logits.device} but seed on {seed.device}")
         return seed
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must fit a signed 64-bit integer")
+    if not -(2**63) <= seed <= 2**63 - max(rows, 1):
+        raise ValueError(f"seed is {seed}; it and those of the rows behind it must fit a signed 64-bit integer")
     return torch.arange(rows, dtype=torch.int64, device=logits.device) + seed
 
 

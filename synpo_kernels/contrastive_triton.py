@@ -23,9 +23,7 @@ or CPU under Triton's interpreter (TRITON_INTERPRET=1).
 # Device kernels have no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import math
 import struct
-from typing import NamedTuple
 
 import torch
 import triton
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from . import contrastive, tiling
 from .contrastive import ALL_MASKED, NOT_FINITE, inverse_temperature
+from .contrastive_scan import combine, combine_tokens, law_of, padded, row_stride, row_top, scan, weights_of
 
 _K = 64  # top-k up to here is sorted on chip
 _WIDEST = 1 << 19  # a row's blocks are held by one program; wider vocabularies run the plain PyTorch kernel
@@ -44,96 +43,6 @@ _COUNTS = ("step", "top_k", "top_p", "limit")
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
 _LAST_ID = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _combine(logits, contrast, tokens, V, floor, plus, alpha):
-    """l and c of some tokens of a row in float32, and where a number is not finite that must be."""
-    m = tokens < V
-    l = tl.load(logits + tokens, mask=m, other=float("-inf")).to(tl.float32)
-    masked = (l == float("-inf")) | (l < floor)
-    wrong = (l < float("inf")) == 0
-    c = l
-    if contrast is not None:
-        other = tl.load(contrast + tokens, mask=m, other=0.0).to(tl.float32)
-        masked = masked | (other == float("-inf"))
-        c = l * plus - other * alpha
-        number = (other < float("inf")) & (c < float("inf"))
-        wrong = wrong | ((masked == 0) & (number == 0))
-    return l, tl.where(masked, float("-inf"), c), wrong
-
-
-@triton.jit
-def _weights(c, top, scale):
-    """exp((c - top) scale), 0 where c or top is -inf."""
-    return tl.exp((c - tl.where(top > float("-inf"), top, 0.0)) * scale)
-
-
-@triton.jit
-def _largest(values):
-    """The largest number; NaN where there are none but NaN is left out."""
-    return tl.max(tl.where(values == values, values, float("-inf")), axis=0)
-
-
-@triton.jit
-def _row_top(tops, row, blocks, BLOCKS: tl.constexpr):
-    i = tl.arange(0, BLOCKS)
-    return tl.max(tl.load(tops + row * blocks + i, mask=i < blocks, other=float("-inf")), axis=0)
-
-
-@triton.jit
-def _scan_kernel(
-    logits, contrast, l_tops, l_sums, c_tops, c_sums, c_firsts, group_tops,
-    V, blocks, groups, logits_stride, contrast_stride, plus, alpha, log_plausibility, scale,
-    FLOOR: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One block of a row. FLOOR: l_tops are known, and c is made under the plausibility constraint; else they are
-    written. c_firsts: the first token with the block's largest c, -1 where a number is not finite."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    at = row * blocks + block
-    logits += row * logits_stride
-    if contrast is not None:
-        contrast += row * contrast_stride
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    floor = float("-inf")
-    end = V
-    if FLOOR:
-        floor = _row_top(l_tops, row, blocks, BLOCKS) + log_plausibility
-        end = tl.where(tl.load(l_tops + at) < floor, 0, V)  # nothing plausible here: nothing is read
-    l, c, wrong = _combine(logits, contrast, tokens, end, floor, plus, alpha)
-    if not FLOOR:
-        l_top = _largest(l)
-        tl.store(l_tops + at, l_top)
-        tl.store(l_sums + at, tl.sum(_weights(l, l_top, 1.0), axis=0))  # NaN where l holds NaN or +inf
-    if c_tops is not None:
-        c_top = _largest(c)
-        first = tl.min(tl.where(c == c_top, tokens, _LAST_ID), axis=0)
-        tl.store(c_tops + at, c_top)
-        tl.store(c_firsts + at, tl.where(tl.max(wrong.to(tl.int32), axis=0) > 0, -1, first))
-        if MASS:
-            tl.store(c_sums + at, tl.sum(_weights(c, c_top, scale), axis=0))
-        if group_tops is not None:
-            tops = tl.max(tl.reshape(c, (BLOCK // GROUP, GROUP)), axis=1)
-            tl.store(group_tops + row * groups + block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP), tops)
-
-
-@triton.jit
-def _combine_kernel(
-    logits, contrast, l_tops, out, V, blocks, logits_stride, contrast_stride, plus, alpha, log_plausibility,
-    FLOOR: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """c of one block of a row, written."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    tokens = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    logits += row * logits_stride
-    if contrast is not None:
-        contrast += row * contrast_stride
-    floor = float("-inf")
-    if FLOOR:
-        floor = _row_top(l_tops, row, blocks, BLOCKS) + log_plausibility
-    _, c, _ = _combine(logits, contrast, tokens, V, floor, plus, alpha)
-    tl.store(out + row * V + tokens, c, mask=tokens < V)
 
 
 @triton.jit
@@ -185,7 +94,7 @@ def _log_norm(l_tops, l_sums, row, blocks, BLOCKS: tl.constexpr):
     tops = tl.load(l_tops + row * blocks + i, mask=i < blocks, other=float("-inf"))
     sums = tl.load(l_sums + row * blocks + i, mask=i < blocks, other=0.0)
     top = tl.max(tops, axis=0)
-    return top + tl.log(tl.sum(sums * _weights(tops, top, 1.0), axis=0))
+    return top + tl.log(tl.sum(sums * weights_of(tops, top, 1.0), axis=0))
 
 
 @triton.jit
@@ -221,7 +130,7 @@ def _draw_kernel(
     top = tl.max(block_tops, axis=0)
     floor = float("-inf")
     if FLOOR:
-        floor = _row_top(l_tops, row, blocks, BLOCKS) + log_plausibility
+        floor = row_top(l_tops, row, blocks, BLOCKS) + log_plausibility
     if GREEDY:
         token = tl.min(tl.where(block_tops == top, firsts, _LAST_ID), axis=0)
         logp = 0.0
@@ -232,11 +141,11 @@ def _draw_kernel(
             tops = tl.load(group_tops + row * groups + g, mask=g < groups, other=float("-inf"))
             best = _pack(g, _first_of(tops, K), space + row * K, K)
             near = tl.reshape(best[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (K * GROUP,))
-            _, c, _ = _combine(logits, contrast, near, V, floor, plus, alpha)
+            _, c, _ = combine_tokens(logits, contrast, near, V, floor, plus, alpha)
             ids = _pack(near, _first_of(c, top_k), space + row * K, K)
             k = tl.arange(0, K)
-            _, c, _ = _combine(logits, contrast, tl.where(k < top_k, ids, V), V, floor, plus, alpha)
-            weights = _weights(c, top, scale).to(tl.float64)
+            _, c, _ = combine_tokens(logits, contrast, tl.where(k < top_k, ids, V), V, floor, plus, alpha)
+            weights = weights_of(c, top, scale).to(tl.float64)
             # The k lie by id. c falling, id rising: who stands before whom, and how much weight before each.
             before = (c[None, :] > c[:, None]) | ((c[None, :] == c[:, None]) & (k[None, :] < k[:, None]))
             rank = tl.sum(before.to(tl.int32), axis=1)
@@ -251,13 +160,13 @@ def _draw_kernel(
             chosen_c = tl.sum(tl.where(rank == place, c, 0.0), axis=0)
         else:
             masses = tl.load(c_sums + row * blocks + i, mask=i < blocks, other=0.0).to(tl.float64)
-            masses *= _weights(block_tops, top, scale)
+            masses *= weights_of(block_tops, top, scale)
             total = tl.sum(masses, axis=0)
             chosen = _invert(masses, u * total)
             rest = u * total - tl.sum(tl.where(i < chosen, masses, 0.0), axis=0)
             inside = tl.arange(0, BLOCK)
-            _, c, _ = _combine(logits, contrast, chosen * BLOCK + inside, V, floor, plus, alpha)
-            place = _invert(_weights(c, top, scale).to(tl.float64), rest)
+            _, c, _ = combine_tokens(logits, contrast, chosen * BLOCK + inside, V, floor, plus, alpha)
+            place = _invert(weights_of(c, top, scale).to(tl.float64), rest)
             token = chosen * BLOCK + place
             chosen_c = tl.sum(tl.where(inside == place, c, 0.0), axis=0)
         # Of a row without a law these name nothing; its status is written instead.
@@ -286,7 +195,7 @@ def _walk_kernel(
     least = tl.cast(1.0, tl.float32)
     begin = tl.cast(0, tl.int32)
     while (begin < end) & (least > 0):
-        weights = _weights(tl.load(values + begin + j, mask=begin + j < end, other=float("-inf")), top, scale)
+        weights = weights_of(tl.load(values + begin + j, mask=begin + j < end, other=float("-inf")), top, scale)
         total += tl.sum(weights.to(tl.float64), axis=0)
         least = tl.min(weights, axis=0)
         begin += BLOCK
@@ -299,7 +208,7 @@ def _walk_kernel(
     least = tl.cast(1.0, tl.float32)
     begin = tl.cast(0, tl.int32)
     while (begin < end) & (least > 0) & (above < cut):
-        weights = _weights(tl.load(values + begin + j, mask=begin + j < end, other=float("-inf")), top, scale)
+        weights = weights_of(tl.load(values + begin + j, mask=begin + j < end, other=float("-inf")), top, scale)
         least = tl.min(weights, axis=0)
         wide = weights.to(tl.float64)
         m_kept = (wide > 0) & (above + tl.cumsum(wide, axis=0) - wide < cut)
@@ -313,7 +222,7 @@ def _walk_kernel(
     place = tl.cast(_LAST_ID, tl.int32)
     begin = tl.cast(0, tl.int32)
     while (begin < kept) & (place == _LAST_ID):
-        weights = _weights(tl.load(values + begin + j, mask=begin + j < kept, other=float("-inf")), top, scale)
+        weights = weights_of(tl.load(values + begin + j, mask=begin + j < kept, other=float("-inf")), top, scale)
         wide = weights.to(tl.float64)
         m_hit = (begin + j < kept) & (above + tl.cumsum(wide, axis=0) > u * mass)
         place = tl.min(tl.where(m_hit, begin + j, _LAST_ID), axis=0)
@@ -327,78 +236,6 @@ def _walk_kernel(
     logp = (tl.load(values + place) - top) * scale - tl.log(mass.to(tl.float32))
     logits += row * logits_stride
     _finish(logits, row, token, logp, log_norm, failed, top == float("-inf"), tokens, logps, model_logps, status)
-
-
-class Law(NamedTuple):
-    """The numbers of contrastive_sample as the kernels take them."""
-
-    plus: float  # 1 + alpha
-    alpha: float
-    log_plausibility: float  # -inf = no constraint
-
-    @property
-    def floor(self) -> bool:
-        return self.log_plausibility > -math.inf
-
-
-def law_of(alpha: float, plausibility: float) -> Law:
-    return Law(1 + alpha, alpha, math.log(plausibility) if plausibility > 0 else -math.inf)
-
-
-class Blocks(NamedTuple):
-    """What the scan leaves of every block of every row."""
-
-    l_tops: Tensor  # (B, blocks) float32
-    l_sums: Tensor  # (B, blocks) float32, of exp(l - top)
-    c_tops: Tensor  # (B, blocks) float32
-    c_sums: Tensor  # (B, blocks) float32, of exp((c - top) / temperature); unwritten where nobody asked
-    c_firsts: Tensor  # (B, blocks) int32, the first token with the block's largest c; -1: a number is not finite
-    group_tops: Tensor | None  # (B, groups) float32, for top-k
-
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
-def _padded(blocks: int) -> int:
-    """A count as the kernels hold it: a power of two."""
-    return max(2, int(triton.next_power_of_2(blocks)))
-
-
-def scan(logits: Tensor, contrast: Tensor | None, law: Law, tile: tiling.RowTile, scale: float, groups: bool) -> Blocks:
-    """The numbers of all blocks. scale: 1 / temperature, 0 where the sums of c are not wanted."""
-    B, V = logits.shape
-    blocks = triton.cdiv(V, tile.block)
-    l_tops, l_sums, c_tops, c_sums = torch.empty((4, B, blocks), dtype=torch.float32, device=logits.device).unbind()
-    firsts = torch.empty((B, blocks), dtype=torch.int32, device=logits.device)
-    in_row = blocks * tile.block // tile.group
-    tops = torch.empty((B, in_row), dtype=torch.float32, device=logits.device) if groups else None
-    found = Blocks(l_tops, l_sums, c_tops, c_sums, firsts, tops)
-
-    def launch(other: Tensor | None, of_c: tuple[Tensor | None, ...], floor: bool) -> None:
-        _scan_kernel[(B * blocks,)](
-            logits, other, l_tops, l_sums, *of_c,
-            V, blocks, in_row, logits.stride(0), _row_stride(other), *law, scale,
-            FLOOR=floor, MASS=scale > 0, BLOCK=tile.block, BLOCKS=_padded(blocks), GROUP=tile.group,
-            num_warps=tile.warps, enable_fp_fusion=False,
-        )  # fmt: skip
-
-    if law.floor:
-        launch(None, (None, None, None, None), False)
-    launch(contrast, (c_tops, c_sums, firsts, tops), law.floor)
-    return found
-
-
-def combine(logits: Tensor, contrast: Tensor | None, law: Law, l_tops: Tensor | None, tile: tiling.RowTile) -> Tensor:
-    """c (B, V) float32; l_tops as the scan leaves them, under a plausibility constraint."""
-    B, V = logits.shape
-    blocks = triton.cdiv(V, tile.block)
-    c = torch.empty((B, V), dtype=torch.float32, device=logits.device)
-    _combine_kernel[(B * blocks,)](
-        logits, contrast, l_tops, c, V, blocks, logits.stride(0), _row_stride(contrast), *law,
-        FLOOR=law.floor, BLOCK=tile.block, BLOCKS=_padded(blocks), num_warps=tile.warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    return c
 
 
 def _bits(x: float) -> int:
@@ -451,7 +288,7 @@ def contrastive_sample(
         _walk_kernel[(B,)](
             logits, values, ids, seeds, found.l_tops, found.l_sums, found.c_firsts, tokens, logps, model_logps, status,
             V, blocks, logits.stride(0), seeds.stride(0), step, scale, min(top_k or V, V), _bits(top_p),
-            BLOCK=tile.block, BLOCKS=_padded(blocks), num_warps=tile.draw_warps, enable_fp_fusion=False,
+            BLOCK=tile.block, BLOCKS=padded(blocks), num_warps=tile.draw_warps, enable_fp_fusion=False,
         )  # fmt: skip
         return tokens, logps, model_logps, status
     K = max(2, triton.next_power_of_2(top_k)) if groups else 2
@@ -459,9 +296,9 @@ def contrastive_sample(
     space = torch.empty((B, K), dtype=torch.int32, device=logits.device) if groups else None
     _draw_kernel[(B,)](
         logits, contrast, seeds, *found, space, tokens, logps, model_logps, status,
-        V, blocks, in_row, logits.stride(0), _row_stride(contrast), seeds.stride(0), step,
+        V, blocks, in_row, logits.stride(0), row_stride(contrast), seeds.stride(0), step,
         *law, scale, top_k, _bits(top_p),
-        GREEDY=greedy, FLOOR=law.floor, BLOCK=tile.block, BLOCKS=_padded(blocks), GROUP=tile.group,
-        GROUPS=max(K, _padded(in_row)), K=K, num_warps=tile.draw_warps, enable_fp_fusion=False,
+        GREEDY=greedy, FLOOR=law.floor, BLOCK=tile.block, BLOCKS=padded(blocks), GROUP=tile.group,
+        GROUPS=max(K, padded(in_row)), K=K, num_warps=tile.draw_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens, logps, model_logps, status

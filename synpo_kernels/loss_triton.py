@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_loss import _synpo_loss
+from . import pair_objective
 
 
 @triton.jit(do_not_specialize=("B", "pairs"))  # one kernel for any number of pairs
@@ -93,9 +93,9 @@ def _synpo_kernel(
 def synpo_loss(
     logps: Tensor, cu_seqlens: Tensor, alpha: float, beta: float, form: str, pairs: int, want_coef: bool
 ) -> tuple[Tensor, ...]:
-    """pair_loss.py's op ``synpo_loss``; float64 log-probs take its plain form."""
+    """pair_objective.py's op ``synpo_loss``; float64 log-probs take its plain form."""
     if logps.dtype == torch.float64:
-        return _synpo_loss(logps, cu_seqlens, alpha, beta, form, pairs, want_coef)
+        return pair_objective.synpo_loss(logps, cu_seqlens, alpha, beta, form, pairs, want_coef)
     B = (len(cu_seqlens) - 1) // 2
     loss, coef = logps.new_empty(()), logps.new_empty(len(logps) if want_coef else 0)
     metrics = [logps.new_empty(B) for _ in range(5)]

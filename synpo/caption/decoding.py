@@ -110,7 +110,8 @@ def contrastive_decode(
         # The one transfer a step: the host has to know which rows have ended.
         names, tokens, status = torch.stack([live, drawn.tokens, drawn.status.long()]).tolist()
         record.add(step, live, drawn, names, tokens, status)
-        state.ids = torch.cat([state.ids, drawn.tokens.repeat(views)[:, None]], dim=1)
+        # A row without a law drew -1. It ends below, but stopping criteria may look its tokens up before.
+        state.ids = torch.cat([state.ids, drawn.tokens.clamp(min=0).repeat(views)[:, None]], dim=1)
         met = stopping_criteria(state.ids[: len(live)], None).tolist()
         for at, row in enumerate(names):
             if row in record.finish:
@@ -196,6 +197,9 @@ def _row_seeds(seeds: int | Sequence[int] | None, rows: int, device: torch.devic
         seeds = range(seeds, seeds + rows)
     if len(seeds) != rows:
         raise ValueError(f"seeds has {len(seeds)} entries for {rows} rows; give one for each candidate of each prompt")
+    outside = next((seed for seed in seeds if not -(2**63) <= seed < 2**63), None)
+    if outside is not None:
+        raise ValueError(f"seeds holds {outside}; each must fit a signed 64-bit integer")
     return torch.tensor(list(seeds), dtype=torch.int64, device=device)
 
 

@@ -243,6 +243,21 @@ def test_a_row_without_a_law_ends_with_a_reason_and_no_other_is_touched(value: f
     assert len(second.logps) == len(second.model_logps) == 2
 
 
+class _Lookup(StoppingCriteria):
+    """Looks every token up, as transformers' stop strings do; ends nothing."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.nn.functional.embedding(input_ids, torch.zeros(1000, 1)).sum(dim=(1, 2)) > 0
+
+
+def test_a_row_without_a_law_leaves_criteria_no_token_that_is_none() -> None:
+    rows = text_rows(range(20, 33), range(50, 63))
+    poison = LogitsProcessorList([_Poison(float("nan"))])
+    lookup = StoppingCriteriaList([_Lookup()])
+    first, second = generate(tiny.model("llama"), rows, logits_processor=poison, stopping_criteria=lookup)
+    assert (first.finish, second.finish) == ("length", "nan")
+
+
 class _FirstRowAfter(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         return (input_ids[:, 0] == 20) & (input_ids.shape[1] >= 13 + 5)
@@ -302,6 +317,7 @@ def test_stop_strings_may_be_special_tokens_and_others_are_left_out_of_the_text(
         ({"candidates": 0}, "candidates is 0"),
         ({"candidates": 2}, "2 greedy candidates would all be the same"),
         ({"seeds": [1, 2, 3]}, "seeds has 3 entries for 2 rows"),
+        ({"seeds": 2**63 - 1}, f"seeds holds {2**63}; each must fit a signed 64-bit integer"),
         ({"use_cache": False}, "use_cache is False"),
     ],
 )

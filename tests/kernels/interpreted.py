@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from synpo_kernels import loss_triton, pair_loss, tiling, vocab_cuda, vocab_passes, vocab_triton
+from synpo_kernels import loss_triton, pair_objective, tiling, vocab_cuda, vocab_passes, vocab_triton
 from synpo_kernels.tiling import LIBRARY, Route, ScoreTile
 from tests.kernels.conftest import PASSES
 from tests.kernels.oracle import Head
@@ -159,7 +159,7 @@ def check_loss(module: ModuleType, form: str, lengths: list[int]) -> None:
     levels = torch.tensor([1e-7, 0.01, 0.5, 3.0, 40.0])[torch.randint(0, 5, (len(lengths),))]
     logps = -torch.rand(int(cu_seqlens[-1])) * levels.repeat_interleave(torch.tensor(lengths))
     settings = {"alpha": 30.0, "beta": 0.2, "form": form, "pairs": 7}
-    want = pair_loss._synpo_loss(logps.double(), cu_seqlens, **settings, want_coef=True)
+    want = pair_objective.synpo_loss(logps.double(), cu_seqlens, **settings, want_coef=True)
     got = module.synpo_loss(logps, cu_seqlens, **settings, want_coef=True)
     for ours, exact in zip(got, want, strict=True):
         assert ours.dtype == torch.float32

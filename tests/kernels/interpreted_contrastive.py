@@ -3,6 +3,7 @@
 Not collected by name, for the reason given in interpreted.py; test_triton.py runs both files.
 """
 
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from synpo_kernels import contrastive, contrastive_triton, reference, tiling
+from synpo_kernels import contrastive, contrastive_scan, contrastive_triton, reference, tiling
 from synpo_kernels.contrastive import SampleOutput
-from tests.kernels.planted import CONTRASTIVE, load
+from tests.kernels.planted import CONTRASTIVE, Mistake, load
 from tests.kernels.views import Views, check_sample, views
 
 # What inf - inf and NaN give a GPU gives without a word; the interpreter warns.
@@ -139,10 +140,23 @@ def test_what_the_kernels_do_not_hold_runs_plain(monkeypatch: pytest.MonkeyPatch
     assert [x.shape for x in nothing] == [(0,)] * 4
 
 
+def planted(mistake: Mistake, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """contrastive_triton with the mistake, or on top of a contrastive_scan with it."""
+    assert contrastive_scan.__file__ is not None
+    if mistake.right not in Path(contrastive_scan.__file__).read_text():
+        return load(mistake, contrastive_triton, folder)
+    wrong = load(mistake, contrastive_scan, folder)
+    monkeypatch.setitem(sys.modules, wrong.__name__, wrong)
+    name = wrong.__name__.rpartition(".")[2]
+    return load(Mistake("from .contrastive_scan import", f"from .{name} import"), contrastive_triton, folder)
+
+
 @pytest.mark.parametrize("name", CONTRASTIVE)
-def test_a_planted_mistake_is_caught(name: str, tmp_path: Path, on: str) -> None:
+def test_a_planted_mistake_is_caught(
+    name: str, tmp_path: Path, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test of the tests: each of these must make ``run`` fail on the law named with it."""
     mistake = CONTRASTIVE[name]
-    module = load(mistake, contrastive_triton, tmp_path)
+    module = planted(mistake, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         run(views(130).rows(SOME), LAWS[mistake.problem], module, on)

@@ -83,7 +83,7 @@ LOSS = {
     "mean over all pairs of this call": Mistake("axis=0) / pairs)", "axis=0) / B)"),
 }
 
-# In contrastive_triton.py, caught by running its launchers.
+# In contrastive_triton.py or contrastive_scan.py, caught by running the launchers.
 CONTRASTIVE = {
     "mask off by one, at the edge of the vocabulary": Mistake("m = tokens < V\n", "m = tokens <= V\n", "plain"),
     "the other view's mask forgotten": Mistake(
@@ -98,11 +98,11 @@ CONTRASTIVE = {
         "greedy",
     ),
     "blocks of l added as they are": Mistake(
-        "tl.sum(sums * _weights(tops, top, 1.0), axis=0)", "tl.sum(sums, axis=0)", "greedy"
+        "tl.sum(sums * weights_of(tops, top, 1.0), axis=0)", "tl.sum(sums, axis=0)", "greedy"
     ),
-    "blocks of c added as they are": Mistake("masses *= _weights(block_tops, top, scale)", "masses *= 1.0", "plain"),
+    "blocks of c added as they are": Mistake("masses *= weights_of(block_tops, top, scale)", "masses *= 1.0", "plain"),
     "plausible beside the block's maximum": Mistake(
-        "floor = _row_top(l_tops, row, blocks, BLOCKS) + log_plausibility\n        end",
+        "floor = row_top(l_tops, row, blocks, BLOCKS) + log_plausibility\n        end",
         "floor = tl.load(l_tops + at) + log_plausibility\n        end",
         "greedy, plausible",
     ),

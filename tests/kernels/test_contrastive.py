@@ -203,6 +203,18 @@ def test_the_halves_of_one_tensor_are_not_copied() -> None:
     assert sum(max(0, event.cpu_memory_usage) for event in profile.events()) < 1 << 16
 
 
+def test_columns_that_torch_calls_contiguous() -> None:
+    """One token, or no row: their strides say nothing to torch, but the kernels want neighbours side by side."""
+    l = torch.randn(1, 3).T
+    assert l.stride(1) != 1
+    assert l.is_contiguous()
+    assert contrastive_sample(l, l, seed=0).tokens.tolist() == [0, 0, 0]
+    assert torch.equal(contrastive_logits(l, l), contrastive_logits(l.clone().view(3, 1), l))
+    nothing = torch.randn(7, 4).T[:0]
+    assert contrastive_sample(nothing, nothing, seed=0).tokens.shape == (0,)
+    assert contrastive_logits(nothing, nothing).shape == (0, 7)
+
+
 def test_no_rows(sample: Callable[..., SampleOutput]) -> None:
     empty = torch.empty(0, 7)
     for mix in MIXES:

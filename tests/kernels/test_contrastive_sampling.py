@@ -237,6 +237,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: contrastive_sample(GOOD, step=-1), ValueError, "step is -1; it must be >= 0 and less"),
     (lambda: contrastive_sample(GOOD, step=2**63), ValueError, f"step is {2**63}"),
     (lambda: contrastive_sample(GOOD, seed=2**63), ValueError, "must fit a signed 64-bit integer"),
+    (lambda: contrastive_sample(GOOD, seed=2**63 - 1), ValueError, "those of the rows behind it must fit"),
     (lambda: contrastive_sample(GOOD, seed=torch.zeros(2)), TypeError, "seed has dtype torch.float32; int64 is needed"),
     (lambda: contrastive_sample(GOOD, seed=torch.tensor([1])), ValueError, r"seed has shape \(1,\).*\(2,\)"),
     (lambda: contrastive_sample(GOOD, seed=torch.arange(2, device="meta")), ValueError, "on cpu but seed on meta"),

@@ -14,7 +14,7 @@ from synpo_kernels import (
     PreferenceOutput,
     linear_logps,
     objectives,
-    pair_loss,
+    pair_loss_op,
     reference,
 )
 
@@ -90,17 +90,17 @@ def test_every_path_of_a_trainable_head(
     pairs = len(labels) // 2
     each = int((tokens[:pairs] + tokens[pairs:]).max()) * weight.shape[0] * 8
     bound = PATHS[path] or each
-    monkeypatch.setattr(pair_loss, "workspace_bytes", lambda *_: bound)
+    monkeypatch.setattr(pair_loss_op, "workspace_bytes", lambda *_: bound)
     runs = {"stored_gradients": 0, "recomputed_gradients": 0}
 
     def counted(name: str) -> None:
-        run = getattr(pair_loss, name)
+        run = getattr(pair_loss_op, name)
 
         def count(*arguments: Any) -> Tensor:
             runs[name] += 1
             return run(*arguments)
 
-        monkeypatch.setattr(pair_loss, name, count)
+        monkeypatch.setattr(pair_loss_op, name, count)
 
     for name in runs:
         counted(name)

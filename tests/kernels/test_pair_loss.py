@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synpo_kernels import FusedPreferenceLoss, FusedSynPOLoss, PreferenceOutput, objectives, pair_loss, reference
+from synpo_kernels import FusedPreferenceLoss, FusedSynPOLoss, PreferenceOutput, objectives, pair_loss_op, reference
 from tests.closeness import assert_close, tolerance
 from tests.kernels.oracle import Head, exact, largest_logit, naive
 
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_log_probs(
     logit = H**0.5 * (1 + largest_logit(head))
 
     if path == "scored again":
-        monkeypatch.setattr(pair_loss, "workspace_bytes", lambda *_: 8)
+        monkeypatch.setattr(pair_loss_op, "workspace_bytes", lambda *_: 8)
     leaves = [hidden.requires_grad_(), *([] if path == "frozen" else [weight.requires_grad_(), bias.requires_grad_()])]
     loss_fn = FusedPreferenceLoss(objective, logit_scale=0.8, softcap=20.0, **SETTINGS[objective])
     out = loss_fn(hidden, weight, labels, bias, ref_logps=refs)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from synpo_kernels import FusedPreferenceLoss, linear_logps, pair_loss
+from synpo_kernels import FusedPreferenceLoss, linear_logps, pair_loss_op
 
 V, H = 37, 8
 # The column where rank 1's slice begins: equal halves, unequal ones, and a slice of a single token.
@@ -76,7 +76,7 @@ def _rank(rank: int, folder: str) -> None:
     for run in RUNS:
         case, split, dtype, trainable, bound = run
         if bound is not None:
-            pair_loss.workspace_bytes = lambda *_, bound=bound: bound
+            pair_loss_op.workspace_bytes = lambda *_, bound=bound: bound
         columns = slice(0, SPLITS[split]) if rank == 0 else slice(SPLITS[split], V)
         everything[run] = results(case, dtype, trainable, columns, dist.group.WORLD)
     try:
