@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 import synpo
 from synpo.train import load_model, lora_recipe
@@ -154,9 +154,22 @@ TWINS = {
 }  # fmt: skip
 
 
+class Reported(TrainerCallback):
+    """Names of what transformers' integrations (TensorBoard, wandb, ...) are given."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        self.names |= set(logs)
+
+
 def test_metrics_of_training_and_their_twins(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, 6, eval_dataset=tiny.pairs(5, 1), eval_strategy="epoch", num_train_epochs=2)
+    reported = Reported()
+    trainer.add_callback(reported)
     trainer.train()
+    assert TWINS | {f"eval_{name}" for name in TWINS} <= reported.names
     found = lines(tmp_path)
     train = [line for line in found if "loss" in line]
     held_out = [line for line in found if "eval_loss" in line]
