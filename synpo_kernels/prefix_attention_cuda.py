@@ -21,6 +21,14 @@ from .tiling import AttentionTile
 _LOG2E = math.log2(math.e)
 
 
+def _opened(*rest: Any) -> Settings:
+    """The settings without a window that is no narrower than the longest sequence: under one every block is masked."""
+    settings = Settings(*rest)
+    starts, stops, prompt_starts, prompt_stops = (settings.pieces[i::4] for i in range(4))
+    lengths = [b - a + d - c for a, b, c, d in zip(starts, stops, prompt_starts, prompt_stops, strict=True)]
+    return settings._replace(window=settings.window if settings.window < max(lengths, default=0) else 0)
+
+
 def _launch(
     kernel: Any, tensors: Sequence[Tensor], strided: Sequence[Tensor], heads: int, of_keys: bool, settings: Settings,
     tile: AttentionTile,
@@ -51,10 +59,10 @@ def _tiles(query: Tensor) -> tiling.AttentionTiles | None:
 
 def prefix_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The op of that name; what tiling.py has no tiles for runs the plain form."""
-    settings, chosen = Settings(*rest), _tiles(query)
+    check_pieces(tuple(rest[0]), len(query))
+    settings, chosen = _opened(*rest), _tiles(query)
     if chosen is None:
         return _forward(query, key, value, *settings)
-    check_pieces(tuple(settings.pieces), len(query))
     T, h, _ = query.shape
     (out,) = _new(settings, query)
     lse = torch.empty((h, T), dtype=torch.float32, device=query.device)
@@ -67,7 +75,7 @@ def prefix_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of that name."""
-    settings, chosen = Settings(*rest), _tiles(query)
+    settings, chosen = _opened(*rest), _tiles(query)
     if chosen is None:
         return _backward(grad, query, key, value, out, lse, *settings)
     grad, delta = grad.contiguous(), torch.empty_like(lse)

@@ -1,8 +1,9 @@
 """Tile choices as committed data, per architecture: which form of a pass runs, and in which tiles.
 
 NOT YET MEASURED. The tiles compile without spills and within the shared memory of their architecture
-(tests/kernels/test_offline.py and test_attention_offline.py hold that); which is fastest, and from which H on the fused form beats the library's
-product and an extra pass, is an estimate until it is timed on the hardware. docs/triton.md says how it was made.
+(tests/kernels/test_offline.py and test_attention_offline.py hold that); which is fastest, and from which H on the fused
+form beats the library's product and an extra pass, is an estimate until it is timed on the hardware. docs/triton.md
+says how it was made.
 """
 
 from typing import NamedTuple

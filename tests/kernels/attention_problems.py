@@ -74,17 +74,18 @@ PAIR = pair(0, 35, 6, 19)
 SHARED = [(0, 21, 0, 0), (21, 32, 0, 21), (32, 49, 0, 21), (49, 66, 0, 21), (66, 70, 5, 49)]
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "one sequence": lambda: ordinary([(0, 33, 0, 0)], h=2, g=2, d=16),
-    "a pair": lambda: ordinary(PAIR, h=4, g=2),
+    "a pair": lambda: ordinary(PAIR),
     # Own keys and prompts that end one before, at and one after the edge of a block.
     "edges": lambda: ordinary([(0, 31, 0, 0), (31, 63, 0, 15), (63, 96, 31, 63), (96, 112, 63, 96), (112, 129, 0, 17)]),
     "one token": lambda: ordinary([(0, 1, 0, 0), (1, 2, 0, 1), (2, 19, 0, 1), (19, 20, 0, 19)]),
-    "pairs in one row": lambda: ordinary([*pair(0, 17, 9, 20), *pair(46, 1, 3, 5), *pair(55, 33, 2, 1)], h=3),
+    "pairs in one row": lambda: ordinary([*pair(0, 17, 9, 20), *pair(46, 1, 3, 5), *pair(55, 33, 2, 1)]),
     "padding": lambda: ordinary([*pair(0, 10, 9, 14), *pair(40, 20, 1, 17)], T=90),
     "a prompt of several pieces, shared": lambda: ordinary(SHARED, h=1),
     "a window in the answers": lambda: ordinary(PAIR, window=5),
     "a window of one": lambda: ordinary(PAIR, window=1),
     # 18 places from the last of 32 keys end one after a block of 16 queries.
     "a window into the prompt": lambda: ordinary([*pair(0, 40, 12, 11), *pair(63, 17, 9, 3)], window=18),
+    "a window of all but one": lambda: ordinary(PAIR, window=53),
     "a window of everything": lambda: ordinary(PAIR, window=54),
     "a soft cap": lambda: ordinary(PAIR, softcap=2.0, scale=0.5),
     "a soft cap in a window": lambda: ordinary(PAIR, softcap=2.0, scale=0.5, window=18),

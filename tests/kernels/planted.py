@@ -146,7 +146,9 @@ ATTENTION = {
     "one head of the group alone": Mistake(
         "range(shared * GROUP, shared * GROUP + GROUP)", "range(shared * GROUP, shared * GROUP + 1)", "a pair"
     ),
-    "keys of another head": Mistake("value_head\n    q = _load(query", "value_head * 0\n    q = _load(query", "a pair"),
+    "keys of another head": Mistake(
+        "value_head\n    q = _load(query", "value_head * 0\n    q = _load(query", "of a model"
+    ),
     "soft cap without its slope": Mistake("ds *= 1.0 - t * t", "ds *= 1.0", "a soft cap"),
     "soft cap of half the size": Mistake("softcap - 2.0 * softcap /", "softcap - 1.0 * softcap /", "a soft cap"),
     "sum not rescaled": Mistake("l = l * shrink", "l = l", "rising"),
