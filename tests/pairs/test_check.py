@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from synpo.pairs import check_pairs
+from tests.video import films
 
 
 def write(path, *records):
@@ -14,7 +16,7 @@ def write(path, *records):
 
 
 def test_every_problem_is_found_in_one_pass(tmp_path):
-    (tmp_path / "there.mp4").touch()
+    (tmp_path / "there.mp4").write_bytes(films.film(frames=3))
     base = {"prompt": "Who?", "chosen": "Ann is.", "rejected": "Bob.", "score_chosen": 9, "score_rejected": 3}
     file = write(
         tmp_path / "p.jsonl",
@@ -42,6 +44,33 @@ def test_every_problem_is_found_in_one_pass(tmp_path):
     assert printed.endswith("not ok")
     for words in ("records that cannot be used: 3", "media files that are not there: 2", "p.jsonl:4", "kept"):
         assert words in printed
+
+
+def test_media_that_cannot_be_read_are_found_before_training(tmp_path):
+    film = films.film(frames=6)
+    (tmp_path / "whole.mp4").write_bytes(film)
+    (tmp_path / "cut.mp4").write_bytes(film[: len(film) // 2])
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.png").write_text("not an image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "whole.png")
+    base = {"chosen": "a", "rejected": "b"}
+    file = write(
+        tmp_path / "p.jsonl",
+        base | {"prompt": "1", "videos": ["whole.mp4"]},
+        base | {"prompt": "2", "videos": ["cut.mp4"]},
+        base | {"prompt": "3", "videos": ["empty.mp4"]},
+        base | {"prompt": "4", "videos": [["whole.png", "text.png"]]},
+        base | {"prompt": "5", "videos": ["cut.mp4"]},
+    )
+    report = check_pairs(file, media_dir=tmp_path, max_errors=3)
+    assert (report.error_count, report.missing_media_count, report.unreadable_media_count) == (0, 0, 4)
+    places = [
+        f"{file}:{line}: {tmp_path / name}: " for line, name in ((2, "cut.mp4"), (3, "empty.mp4"), (4, "text.png"))
+    ]
+    for message, place in zip(report.unreadable_media, places, strict=True):
+        assert message.startswith(place)
+    assert not report.ok
+    assert "media that cannot be read: 4" in str(report)
 
 
 def test_messages_are_bounded_and_counts_are_not(tmp_path):
