@@ -25,6 +25,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top }
 td:first-child, th:first-child { padding-left: .5rem }
 th { font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
+table + table { margin-top: .8rem }
 thead th { border-bottom: 1px solid var(--line) } tbody tr:nth-child(odd) { background: var(--band) }
 code { overflow-wrap: anywhere }
 @media (max-width: 40rem) {

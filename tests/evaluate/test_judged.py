@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from synpo.cli import main
 from synpo.evaluate.files import Quiz
 from synpo.evaluate.judged import answers_of, compared, detail_score, quiz_score, summarise
 from synpo.judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, Question
@@ -173,3 +174,54 @@ def test_a_server_and_its_recorded_answers_give_the_same_scores(tmp_path: Path) 
     recorded.write_text("\n".join(spoilt) + "\n")
     detail = run(score(AnswerCache.recorded(recorded), offline=True))[1]
     assert (detail.mean, detail.each) == (0, {("a", 0): 0, ("b", 0): None, ("c", 0): 0})
+
+
+def test_the_command_judges_two_files_keeps_the_answers_and_compares_what_both_have(tmp_path: Path) -> None:
+    files = {
+        "before": HYPOTHESES,
+        "after": {"a": "one two three four", "b": "one", "c": "five"},
+        "references": REFERENCES,
+        "quiz": {v: [{"question": "Which first?", "answer": REFERENCES[v][0].split()[0]}] for v in HYPOTHESES},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    before, after, references, quiz = (str(tmp_path / f"{name}.json") for name in files)
+    out = tmp_path / "out.json"
+    words = [
+        "evaluate", before, after, "--references", references, "--quiz", quiz, "--detail", "--meteor", "off",
+        "--judge", "loopback", "--judge_cache", str(tmp_path / "judge.sqlite"), "--out", str(out),
+    ]  # fmt: skip
+    with serving(reply) as server:
+        assert main([*words, "--judge_url", server.url]) == 0
+        first, asked = json.loads(out.read_text()), server.count
+        assert main([*words, "--judge_url", server.url]) == 0
+        # all but the refusal, which is asked for again, lies in the cache
+        assert server.count - asked <= 1
+    assert json.loads(out.read_text()) == first
+    detail = first["metrics"]["detail (VDD)"]
+    assert (detail["values"], detail["valid"], detail["failed"]) == ([5 / 3, 5.0], [3, 3], [0, 0])
+    assert (detail["compared"], detail["change"]["mean"]) == (3, pytest.approx(10 / 3))
+    accuracy = first["metrics"]["VDC accuracy, all"]
+    # the answer about "b" is refused in both: a missing score, not a wrong answer
+    assert (accuracy["values"], accuracy["failed"], accuracy["compared"]) == ([0.5, 1.0], [1, 1], 2)
+    assert accuracy["change"]["mean"] == 0.5
+
+
+def test_every_video_has_questions_or_is_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("captions", HYPOTHESES), ("references", REFERENCES)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "quiz.json").write_text(json.dumps({"a": [{"question": "Which first?", "answer": "one"}]}))
+    captions, references, quiz = (str(tmp_path / f"{name}.json") for name in ("captions", "references", "quiz"))
+    words = [
+        "evaluate", captions, "--references", references, "--quiz", quiz, "--meteor", "off", "--judge", "loopback",
+        "--judge_cache", str(tmp_path / "judge.sqlite"), "--out", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    with serving(reply) as server:
+        assert main([*words, "--judge_url", server.url]) == 2
+        assert "2 videos are without questions, the first is 'b'" in capsys.readouterr().err
+        assert server.count == 0  # nothing was paid for before
+        assert main([*words, "--judge_url", server.url, "--partial"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["videos"], result["left_out"]) == (1, {"questions": 2})
