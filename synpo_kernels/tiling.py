@@ -113,7 +113,7 @@ ATTENTION: dict[int, tuple[AttentionTiles, ...]] = {
         AttentionTiles(256, AttentionTile(64, 64, 2, 8), AttentionTile(64, 32, 2, 8), AttentionTile(32, 32, 2, 8)),
     ),
     90: (
-        AttentionTiles(64, AttentionTile(128, 128, 3, 8), AttentionTile(128, 128, 2, 8), AttentionTile(64, 128, 2, 8)),
+        AttentionTiles(64, AttentionTile(128, 128, 3, 8), AttentionTile(128, 64, 2, 8), AttentionTile(64, 128, 2, 8)),
         AttentionTiles(128, AttentionTile(128, 64, 3, 8), AttentionTile(128, 64, 2, 8), AttentionTile(32, 128, 2, 8)),
         AttentionTiles(256, AttentionTile(128, 32, 2, 8), AttentionTile(64, 16, 2, 8), AttentionTile(32, 32, 2, 8)),
     ),
