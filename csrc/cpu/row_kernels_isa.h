@@ -206,23 +206,28 @@ struct RowKernelsOf {
   // x[i] = exp(x[i]) for x <= 0; for x below kSmallest, -inf and NaN too, 2^-125. It is 2^n * 2^r with |r| <= 1/2, and
   // for 2^r the polynomial of degree 5 with 1 at 0 whose coefficients, rounded to float32 one after the other, leave the
   // least relative error, 9.4e-8. n is added to the exponent field, which n >= -125 keeps above 0. All N go step by step:
-  // the chain of one is 45 cycles long, more than a processor looks ahead.
+  // the chain of one is 45 cycles long, more than a processor looks ahead. n is moved to its place at once, so that four
+  // vectors fit AVX2's 16 registers.
   static constexpr float kSmallest = -86.6433976f;
   template <int N>
   static void exponentials(Vec (&x)[N]) {
     constexpr float kLog2E = 1.44269504f, kRounder = 12582912.0f;
-    Vec shifted[N], p[N];
+    Vec p[N];
+    Int n[N];
     const Vec smallest = rounded(Vec{} + kSmallest);  // GCC compares and blends with a constant, where one maximum does
     for (int i = 0; i < N; ++i) x[i] = larger(x[i], smallest);
-    // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
-    for (int i = 0; i < N; ++i) shifted[i] = x[i] * kLog2E + kRounder;
-    for (int i = 0; i < N; ++i) x[i] = x[i] * kLog2E - (shifted[i] - kRounder);
+    for (int i = 0; i < N; ++i) {
+      // Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits.
+      const Vec shifted = x[i] * kLog2E + kRounder;
+      x[i] = x[i] * kLog2E - (shifted - kRounder);
+      n[i] = bits<Int>(shifted) << 23;
+    }
     for (int i = 0; i < N; ++i) p[i] = x[i] * 1.3269521e-3f + 9.6712913e-3f;
     for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 5.5507109e-2f;
     for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 2.4022247e-1f;
     for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 6.9314700e-1f;
     for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 1.0f;
-    for (int i = 0; i < N; ++i) x[i] = bits<Vec>(bits<Int>(p[i]) + (bits<Int>(shifted[i]) << 23));
+    for (int i = 0; i < N; ++i) x[i] = bits<Vec>(bits<Int>(p[i]) + n[i]);
   }
 
   // The sum of exp((x - top) * scale). What is masked or too small for float32 counts as 2^-125, the largest as 1.
@@ -233,7 +238,7 @@ struct RowKernelsOf {
   }
   template <bool kOne, class T>
   static float sum_scaled(const T* x, int64_t count, float top, float scale) {
-    constexpr int N = 8;
+    constexpr int N = 4;
     static_assert(kGroup % (N * kLanes) == 0, "groups hold whole steps");
     Vec sum[2] = {};
     for (int64_t j = 0; j < count; j += N * kLanes) {
