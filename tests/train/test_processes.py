@@ -203,6 +203,7 @@ def test_processes_needed_different_numbers_of_passes(tmp_path: Path) -> None:
             "fsdp_state_dict_type is SHARDED_STATE_DICT, with which no model is saved at the end",
         ),
         (DistributedType.FSDP, {"cpu_ram_efficient_loading": True}, "cache", "vision_cache is set, and with fsdp_cpu"),
+        (DistributedType.DEEPSPEED, None, "cache", "vision_cache is set, and the weights are shared out over the proc"),
     ],
 )
 def test_refusals(
@@ -215,7 +216,8 @@ def test_refusals(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     options = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"} | (plugin or {})
-    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**options))
+    deepspeed = SimpleNamespace(zero_stage=3)
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(**options), deepspeed_plugin=deepspeed)
     args = tiny.arguments(tmp_path, vision_cache=cache)
     with pytest.raises(ValueError, match=message):
         check_processes(args, SimpleNamespace(distributed_type=kind, state=state))
