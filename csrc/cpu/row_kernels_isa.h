@@ -12,17 +12,28 @@ template <int Bytes>
 struct RowKernelsOf {
   using Vec = typename Simd<float, Bytes>::Vec;
   using Int = typename Simd<float, Bytes>::Int;
+  using Half = typename Simd<float, Bytes>::Half;
   static constexpr int64_t kLanes = Bytes / 4;
   static_assert(kGroup % kLanes == 0 && kBlock % kGroup == 0, "groups hold whole vectors, blocks whole groups");
 
   static constexpr float kInfinity = __builtin_inff(), kLowest = -__FLT_MAX__;
+
+  // A vector of neighbouring numbers in float32, in their order. float64 has plain loops of its own in contrastive.cpp.
+  static Vec widen_lanes(const double*) { __builtin_unreachable(); }
+  static Vec widen_lanes(const float* x) { return load<Vec>(x); }
+  static Vec widen_lanes(const BFloat16* x) { return bits<Vec>(upper_half(x)); }
+  static Vec widen_lanes(const Float16* x) { return from_half(upper_half(x)); }
+  template <class T>
+  static Int upper_half(const T* x) {
+    return __builtin_convertvector(load<Half>(x), Int) << 16;
+  }
 
   // A group of one view in float32, `padding` behind its end.
   static void widen_group(Dtype dtype, const void* view, int64_t begin, int64_t count, float padding, float* out) {
     with_source(dtype, view, [&](const auto* data) {
       data += begin;
       if (count == kGroup) {
-        for (int64_t j = 0; j < kGroup; ++j) out[j] = static_cast<float>(widen<float>(data[j]));
+        for (int64_t j = 0; j < kGroup; j += kLanes) store(out + j, widen_lanes(data + j));
       } else {
         for (int64_t j = 0; j < kGroup; ++j) out[j] = j < count ? static_cast<float>(widen<float>(data[j])) : padding;
       }

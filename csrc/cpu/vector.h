@@ -18,6 +18,7 @@ template <int Bytes>
 struct Simd<float, Bytes> {
   typedef float Vec __attribute__((vector_size(Bytes), may_alias));
   typedef int32_t Int __attribute__((vector_size(Bytes), may_alias));
+  typedef uint16_t Half __attribute__((vector_size(Bytes / 2), may_alias));  // as many 16-bit numbers
 };
 template <int Bytes>
 struct Simd<double, Bytes> {
