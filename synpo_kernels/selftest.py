@@ -20,6 +20,7 @@ from . import native, objectives, reference
 from .contrastive import contrastive_logits, contrastive_sample
 from .linear_logps import linear_logps
 from .pair_loss import FusedPreferenceLoss
+from .prefix_attention import prefix_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, H, V = 130, 96, 1003  # odd against every tile, so that none is full
@@ -29,6 +30,9 @@ HEAD: dict[str, Any] = {"logit_scale": 0.8, "softcap": 20.0}
 MILD: dict[str, dict[str, Any]] = {"synpo": {"alpha": 5.0}, "dpop": {"dpop_lambda": 3.0}, "ipo": {"beta": 0.5}}
 CURVATURE = 60.0
 DRAWS, SIDES = 4096, 16
+# Two pairs of answers, each pair with its prompt before it; a window that cuts prompts and answers.
+PIECES = [(0, 57, 0, 0), (57, 90, 0, 37), (90, 131, 0, 0), (131, 140, 90, 91)]
+ATTENTION: dict[str, Any] = {"window": 29, "softcap": 15.0}
 
 
 class Line(NamedTuple):
@@ -180,6 +184,29 @@ def check_contrastive(device: torch.device, dtype: torch.dtype) -> Iterator[Line
     yield Line("contrastive_sample, log-probs", _name(dtype), float(off), float(off / scale))
 
 
+def check_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Line]:
+    """prefix_attention with grouped heads, a window and a soft cap: its values and all gradients."""
+    length, heads, groups, size = PIECES[-1][1], 4, 2, 64
+    inputs = [2 * torch.randn(length, n, size, device=device).to(dtype) for n in (heads, groups, groups)]
+    upstream = torch.randn(length, heads, size, device=device).to(dtype)
+
+    def run(function: Callable[..., Tensor], kind: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
+        out = function(*leaves, PIECES, **ATTENTION)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(kind))
+
+    results = (
+        run(prefix_attention, dtype),
+        run(reference.prefix_attention, torch.float64),
+        run(reference.prefix_attention, dtype),
+    )
+    for name, ours, exact, plain in zip(("", "query", "key", "value"), *results, strict=True):
+        # A score's error, sqrt(size) roundings of products of up to |q| |k|, is a weight's relative one.
+        scale = size**0.5 * float(inputs[0].abs().max()) * float(inputs[1].abs().max()) * float(exact.abs().max())
+        kernel = "prefix_attention" + (f": gradient of {name}" if name else "")
+        yield Line(kernel, _name(dtype), *compare(ours, exact, plain, dtype, scale))
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -193,6 +220,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[Li
         for objective in objectives.REGISTRY if dtype == torch.float32 else ("synpo",):
             yield f"preference loss {objective}, {_name(dtype)}", partial(check_pair_loss, problem, dtype, objective)
         yield f"contrastive, {_name(dtype)}", partial(check_contrastive, device, dtype)
+        yield f"prefix_attention, {_name(dtype)}", partial(check_attention, device, dtype)
 
 
 def describe(device: torch.device) -> str:

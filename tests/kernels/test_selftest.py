@@ -15,6 +15,7 @@ KERNELS = {
     "contrastive_logits": "contrastive_logits",
     "contrastive_sample": "contrastive_sample",
     "linear_logps": "linear_logps",
+    "prefix_attention": "prefix_attention: gradient of key",
 }
 
 
@@ -48,6 +49,7 @@ class _WrongLoss(synpo_kernels.FusedPreferenceLoss):
         ("FusedPreferenceLoss", _WrongLoss, "preference loss simpo, trainable head"),
         ("contrastive_logits", _off(selftest.contrastive_logits, 1.00001), "contrastive_logits"),
         ("contrastive_sample", lambda *_, **__: 1 / 0, "contrastive, float32"),
+        ("prefix_attention", _off(selftest.prefix_attention, 1.001), "prefix_attention"),
     ],
 )
 def test_a_kernel_that_is_wrong_fails(
