@@ -351,12 +351,13 @@ def run_attention(run: Run) -> bool:
     import torch
 
     from . import gpu_attention
+    from .measure import where
 
     path, passed = run.out / "attention.csv", True
     jobs, limit = gpu_attention.plan(run.device), gpu_attention.LIMIT
     call = "bench.gpu_attention:measure_attention"
     for job, answer, wrong in _measured(run, path, gpu_attention.NAMES, jobs, call, limit):
-        row = {name: job[name] for name in gpu_attention.NAMES} | gpu_attention.world(run.device)
+        row = {name: job[name] for name in gpu_attention.NAMES} | where(run.device)
         row |= answer or {"note": wrong}
         append(path, gpu_attention.COLUMNS, [row])
         passed &= bool(job["tile"] or row.get("both_ms"))  # a tile may not fit; what is used must run

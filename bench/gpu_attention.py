@@ -10,7 +10,6 @@ tiling.py, one kernel's at a time. From the times come the two choices that the 
 pieces.FLASH_IS_FASTER, and the rows of tiling.ATTENTION.
 """
 
-import datetime
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from synpo.train.pieces import Layout, Piece
 from synpo_kernels import tiling
 from synpo_kernels.tiling import AttentionTile
 
-from .measure import Stopwatch, commit, device_name
+from .measure import Stopwatch
 from .memory import Peak
 
 COLUMNS = [
@@ -138,16 +137,6 @@ def measure_attention(
             "extra_mb": extra,
             "note": f"{error:.1e} off plain rows",
         }
-
-
-def world(device: str) -> dict[str, Any]:
-    """What a row says of where it was measured."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "device": device_name(device),
-        "torch": torch.__version__,
-    }
 
 
 def line(row: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ its answers, shared or not.
 """
 
 import argparse
-import datetime
 import statistics
 import tempfile
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 import synpo_kernels
 
 from .implementations import _liger_synpo, naive_logps, pair_loss
-from .measure import Stopwatch, commit, device_name
+from .measure import Stopwatch, where
 from .memory import Peak
 from .step_vs_trl import MARGIN, time_steps, trainer_for
 
@@ -267,13 +266,7 @@ def _tokenizer() -> Any:
 
 def world(device: str) -> dict[str, Any]:
     """What a row says of where it was measured."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+    return where(device) | {"transformers": version("transformers")}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ dtype, to which every time is a ratio. An implementation that compiles, and on a
 the peak is taken: the compiler's time and memory are not the loss's.
 """
 
+import datetime
 import json
 import os
 import platform
@@ -89,6 +90,16 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--", "synpo_kernels", "synpo", "csrc", "bench/*.py")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def where(device: str) -> dict[str, str]:
+    """What a row says of where it was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
 
 
 def percentile(values: list[float], p: float) -> float:
