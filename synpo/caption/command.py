@@ -1,13 +1,11 @@
 """`synpo caption`: from videos to a file of captions."""
 
 import argparse
-import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,15 @@ from tqdm import tqdm
 
 from ..options import add_options, given_options, option
 from ..pretrained import DTYPES
-from ..run_files import append_json_line, drop_torn_line, read_json_lines
+from ..run_files import append_json_line
 from ..video import FramePolicy, Video, VideoError, decode
-from .captioner import Caption, Captioner, UnusableFrames
+from .captioner import Captioner, UnusableFrames
 from .decoding import OnTokens
 from .features import family_of
 from .files import video_files
 from .load import load_captioner
 from .prompts import DESCRIBE
+from .records import Record, failure, read_records, record_of, seeds_of
 from .sampling import Sampling
 from .views import VIEWS, contrast_view
 
@@ -59,6 +58,7 @@ class CaptionConfig:
         None, "Model weights: float32, bfloat16, float16, auto. Default: float32 on a CPU, else auto."
     )
     device: str | None = option(None, "Where the model runs, such as cuda:1. Default: an accelerator, or the CPU.")
+    videos_together: int = option(1, "Videos that the model takes at once; fills up a GPU, or a tiny model.")
     batch_size: int | None = option(None, "Most rows that go through the model at once, two a caption with a contrast.")
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class CaptionConfig:
             raise ValueError("model is missing; give --model or set it in the config file")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
-        for name, least in (("candidates", 1), ("retrospective", 0), ("batch_size", 1)):
+        for name, least in (("candidates", 1), ("retrospective", 0), ("videos_together", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it has to be at least {least}")
@@ -104,124 +104,90 @@ def main(args: argparse.Namespace) -> int:
     config.frames()
     files = video_files(config.videos)
     out = Path(config.out)
-    done = _done(out, config.settings())
-    waiting = [file for file in files if file not in done]
-    failed = sum(_problem(done[file]) is not None for file in files if file in done)
-    logger.info("%d videos, %d of them done before", len(files), len(files) - len(waiting))
-    if waiting:
+    done = read_records(out, config.settings())
+    failed = sum(failure(done[file]) is not None for file in files if file in done)
+    missing = [file for file in files if file not in done]
+    logger.info("%d videos, %d of them done before", len(files), len(files) - len(missing))
+    # How many go together decides the last bits of a model's numbers, so a group that was stopped is made as a whole.
+    groups = [files[first : first + config.videos_together] for first in range(0, len(files), config.videos_together)]
+    groups = [group for group in groups if not done.keys() >= set(group)]
+    if groups:
         captioner = load_captioner(config.model, config.dtype, device=config.device, batch_size=config.batch_size)
         family_of(captioner.model)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(waiting), unit="video", disable=None, dynamic_ncols=True) as bar:
-            for file, decoding in _decoded(waiting, config.frames()):
-                try:
-                    record = caption_video(captioner, file, decoding.result(), config, _counting(bar, Path(file).name))
-                    append_json_line(out, record)
-                    problem = _problem(record)
-                except VideoError as error:
-                    problem = f"{error.cause}; skipped"
-                except UnusableFrames as error:
-                    problem = f"{error}; skipped"
-                if problem:
-                    failed += 1
-                    tqdm.write(f"synpo caption: {file}: {problem}", file=sys.stderr)
-                bar.update()
+        with tqdm(total=len(missing), unit="video", disable=None, dynamic_ncols=True) as bar:
+            for videos in _decoded(groups, config.frames()):
+                good = {file: video for file, video in videos.items() if isinstance(video, Video)}
+                made = {} if done.keys() >= good.keys() else _captioned(captioner, good, config, bar)
+                for file, found in ((file, made.get(file, videos[file])) for file in videos if file not in done):
+                    if isinstance(found, dict):
+                        append_json_line(out, found)
+                    problem = failure(found) if isinstance(found, dict) else f"{found}; skipped"
+                    if problem:
+                        failed += 1
+                        tqdm.write(f"synpo caption: {file}: {problem}", file=sys.stderr)
+                    bar.update()
     print(f"{len(files) - failed} of {len(files)} videos captioned; {out}")
     return 1 if failed else 0
 
 
-def _decoded(files: Sequence[str], policy: FramePolicy) -> Iterator[tuple[str, Future[Video]]]:
-    """Each file with its video, decoded while the one before is captioned."""
+def _decoded(groups: Sequence[Sequence[str]], policy: FramePolicy) -> Iterator[dict[str, Video | str]]:
+    """The videos of each group by file, decoded while the group before is captioned; of a bad one, what is wrong."""
+
+    def read(group: Sequence[str]) -> dict[str, Video | str]:
+        return {file: attempt(file) for file in group}
+
+    def attempt(file: str) -> Video | str:
+        try:
+            return decode(file, policy)
+        except VideoError as error:
+            return error.cause
+
     with ThreadPoolExecutor(1, thread_name_prefix="synpo-decode") as pool:
-        ahead = pool.submit(decode, files[0], policy)
-        for file, following in zip(files, [*files[1:], None], strict=True):
-            current = ahead
-            wait([current])  # one video in memory beside the one that is captioned, not more
+        ahead = pool.submit(read, groups[0])
+        for following in [*groups[1:], None]:
+            videos = ahead.result()  # one group in memory beside the one that is captioned, not more
             if following is not None:
-                ahead = pool.submit(decode, following, policy)
-            yield file, current
+                ahead = pool.submit(read, following)
+            yield videos
 
 
-def caption_video(
-    captioner: Captioner, file: str, video: Video, config: CaptionConfig, on_tokens: OnTokens | None = None
-) -> dict[str, Any]:
-    """One line of the file of captions: the video, its captions, and what they were made with."""
-    seeds = caption_seeds(config.seed, file, config.candidates)
-    (captions,) = captioner.captions(
-        [video.whole],
+def _captioned(
+    captioner: Captioner, videos: Mapping[str, Video], config: CaptionConfig, bar: tqdm
+) -> dict[str, Record | str]:
+    """A group's lines by file, or why there is none of one. Where the group's call fails, each is tried alone."""
+    try:
+        return {**caption_videos(captioner, videos, config, _counting(bar, list(videos)))}
+    except UnusableFrames as error:
+        if len(videos) == 1:
+            return dict.fromkeys(videos, str(error))
+    return {file: _captioned(captioner, {file: video}, config, bar)[file] for file, video in videos.items()}
+
+
+def caption_videos(
+    captioner: Captioner, videos: Mapping[str, Video], config: CaptionConfig, on_tokens: OnTokens | None = None
+) -> dict[str, Record]:
+    """Lines of the file of captions, by video file: the video, its captions, and what they were made with."""
+    captions = captioner.captions(
+        [video.whole for video in videos.values()],
         config.instruction,
         sampling=config.sampling(),
         candidates=config.candidates,
-        seeds=seeds,
+        seeds=[seed for file in videos for seed in seeds_of(config.seed, file, config.candidates)],
         contrast=contrast_view(config.contrast),
         retrospective=config.retrospective,
         on_tokens=on_tokens,
     )
+    settings = config.settings()
     return {
-        "video": file,
-        "duration": round(video.duration, 3),
-        "times": [round(float(time), 3) for time in video.times],
-        "captions": [_caption_record(caption) for caption in captions],
-        "settings": config.settings(),
-        "versions": {name: version(name) for name in ("synpo", "torch", "transformers")},
+        file: record_of(file, video, told, settings)
+        for (file, video), told in zip(videos.items(), captions, strict=True)
     }
 
 
-def caption_seeds(seed: int, file: str, count: int) -> list[int]:
-    """Seeds of a file's captions: of the run's seed and the file's name alone, so that they do not depend on where in
-    a list of files it stands, or in which folder.
-    """
-    digest = hashlib.sha256(f"{seed}/{Path(file).name}".encode()).digest()
-    first = int.from_bytes(digest[:8], "big") >> 2
-    return list(range(first, first + count))
-
-
-def _caption_record(caption: Caption) -> dict[str, Any]:
-    """A caption as JSON types. logp, model_logp: means over its tokens in nats, None where it has none."""
-    generated = caption.generated
-    tokens = len(generated.tokens)
-    drafts = []
-    while (draft := (caption if not drafts else drafts[-1]).draft) is not None:
-        drafts.append(draft)
-    return {
-        "text": caption.text,
-        "seed": caption.seed,
-        "tokens": tokens,
-        "finish": generated.finish,
-        "failure": caption.failure,
-        "logp": float(generated.logps.mean()) if tokens else None,
-        "model_logp": float(generated.model_logps.mean()) if tokens else None,
-        "drafts": [draft.text for draft in reversed(drafts)],
-    }
-
-
-def _done(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The records that the file holds, by video. Errors: ValueError where they were made with other settings."""
-    if not out.exists():
-        return {}
-    drop_torn_line(out)
-    records = read_json_lines(out)
-    for number, record in enumerate(records, start=1):
-        former = record.get("settings")
-        if not isinstance(former, dict) or "video" not in record:
-            raise ValueError(f"{out}:{number} is not a line of `synpo caption`; choose another --out")
-        for name in settings:
-            if former.get(name) != settings[name]:
-                raise ValueError(
-                    f"{out} holds captions made with other settings ({name}: {former.get(name)!r} then, "
-                    f"{settings[name]!r} now); choose another --out"
-                )
-    return {record["video"]: record for record in records}
-
-
-def _problem(record: dict[str, Any]) -> str | None:
-    """What is wrong with the captions of a record, if anything."""
-    reasons = [caption["failure"] for caption in record["captions"] if caption["failure"]]
-    return f"{len(reasons)} of {len(record['captions'])} captions failed: {reasons[0]}" if reasons else None
-
-
-def _counting(bar: tqdm, name: str) -> OnTokens:
-    """Shows how many tokens of a video have been written."""
+def _counting(bar: tqdm, files: Sequence[str]) -> OnTokens:
+    """Shows how many tokens of a group of videos have been written."""
+    name = Path(files[0]).name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     written = 0
 
     def on_tokens(newest: dict[int, int]) -> None:

@@ -41,6 +41,7 @@ class EvaluateConfig:
     model: str = option("", "Model or adapter of `synpo train` that writes captions of --videos, or answers to export.")
     videos: list[str] = option([], "Files, folders, patterns: the model captions those that have references, into OUT.")
     protocol: str = option("short", f"How it captions them: {', '.join(PROTOCOLS)}; see docs/evaluate.md.")
+    videos_together: int = option(1, "Videos that the model takes at once, as in `synpo caption`.")
     questions: str = option("", "export: file of the harness's questions.")
     max_new_tokens: int = option(1024, "export: longest answer.")
 
@@ -118,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
     files = list(config.captions)
     if config.videos:
         written = Path(config.out).with_suffix(".captions.jsonl")
-        caption_videos(config.model, config.videos, references, written, config.protocol)
+        how = PROTOCOLS[config.protocol] | {"videos_together": config.videos_together}
+        caption_videos(config.model, config.videos, references, written, how)
         files.append(str(written))
     sets, left_out = _aligned(files, references, dict.fromkeys(quiz.video for quiz in quizzes), config.partial)
     result: dict[str, Any] = {"captions": files, "references": config.references, "videos": len(sets[0])}

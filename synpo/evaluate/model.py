@@ -1,7 +1,7 @@
 """A model's captions of a data set's videos, written as papers write them."""
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def caption_videos(model: str, videos: Sequence[str], wanted: Collection[str], out: Path, protocol: str) -> None:
-    """Captions of those videos whose names are in `wanted`, in the file that `synpo caption` would write with the
-    options of PROTOCOLS[protocol]; gone on with if it is there. A video that cannot be captioned is told, and has none.
+def caption_videos(
+    model: str, videos: Sequence[str], wanted: Collection[str], out: Path, options: Mapping[str, Any]
+) -> None:
+    """Captions of those videos whose names are in `wanted`, in the file that `synpo caption` would write with these
+    options; gone on with if it is there. A video that cannot be captioned is told, and has none.
 
     videos: files, folders, patterns. Errors: ValueError where none of them is wanted; what `synpo caption` raises.
     """
@@ -28,4 +30,4 @@ def caption_videos(model: str, videos: Sequence[str], wanted: Collection[str], o
     files = [file for file in video_files(videos) if video_name(file) in wanted]
     if not files:
         raise ValueError(f"none of {', '.join(videos)} has references; are they named alike?")
-    main(argparse.Namespace(config=None, model=model, videos=files, out=str(out), **PROTOCOLS[protocol]))
+    main(argparse.Namespace(config=None, model=model, videos=files, out=str(out), **options))

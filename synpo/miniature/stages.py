@@ -122,7 +122,10 @@ def _hold_out(world: World) -> None:
 
 
 def _caption(world: World, model: str, way: str, out: Path) -> None:
-    plain = ("--contrast", "off", "--retrospective", "0", "--max_new_tokens", LENGTH, "--seed", str(world.seed))
+    plain = (
+        "--contrast", "off", "--retrospective", "0", "--max_new_tokens", LENGTH, "--videos_together", "25",
+        "--seed", str(world.seed),
+    )  # fmt: skip
     # 1: some captions failed, as those of a model that has unlearned to write may; they tell nothing right
     films = str(world.folder / "test")
     call("caption", films, "--model", model, "--out", str(out), *WAYS[way], *plain, fine=(0, 1))

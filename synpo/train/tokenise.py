@@ -65,6 +65,7 @@ class PairTokenizer:
         self.truncation = truncation
         self.media = media
         self.blind = blind
+        self._specials = frozenset(tokenizer.all_special_ids)
         self.counts: Counter[str] = Counter()
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Pair | None:
@@ -172,10 +173,6 @@ class PairTokenizer:
         if last >= 0 and not self.tokenizer.decode(ids[last + 1 :]).strip():
             return ids[: last + 1]
         return [*ids, self.tokenizer.eos_token_id]
-
-    @property
-    def _specials(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids)
 
     def _fit(
         self, prompt: list[int], chosen: list[int], rejected: list[int], where: str, kept: tuple[int, int]

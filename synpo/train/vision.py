@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,9 +86,11 @@ class Vision:
         if self.trains or _sharded(base):
             return self._together(base, media)
         known, self._recent = self._recent, {}
-        for item in media:
-            if item.key not in self._recent:
-                self._recent[item.key] = known.get(item.key) or self._encoded(base, item)
+        new = any(item.key not in known and item.encoded is None for item in media)
+        with torch.no_grad(), _evaluating(base) if new else nullcontext():
+            for item in media:
+                if item.key not in self._recent:
+                    self._recent[item.key] = known.get(item.key) or self._encoded(base, item)
         return {"mm_encoder_outputs": {self.modality: _joined([self._recent[item.key] for item in media])}}
 
     def _encoded(self, base: Any, item: Media) -> Encoded:
@@ -97,8 +99,7 @@ class Vision:
             moved = [x.to(base.device) for x in pooled] if isinstance(pooled, list) else pooled.to(base.device)
             return Encoded(moved, levels and [[x.to(base.device) for x in level] for level in levels])
         encode = base.get_video_features if self.modality == "video" else base.get_image_features
-        with torch.no_grad(), _evaluating(base):
-            output = encode(**_placed(base, item.inputs), return_dict=True)
+        output = encode(**_placed(base, item.inputs), return_dict=True)
         pooled = output.pooler_output
         levels = getattr(output, "deepstack_features", None)
         # A tensor of several frames may be a view of something larger, a tuple a list in disguise.

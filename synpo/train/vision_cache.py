@@ -24,6 +24,7 @@ from ..caption.features import Features
 logger = logging.getLogger(__name__)
 
 GB = 1 << 30
+UNSEEN = 1 / 64  # share of the size that may be written before the folder is listed again; other processes write too
 
 
 class Encoded(NamedTuple):
@@ -47,6 +48,7 @@ class VisionCache:
         self.tower = tower
         self.max_bytes = int(max_gb * GB)
         self.damaged = 0
+        self._room = 0  # bytes that may be written before the folder is listed
 
     def _path(self, key: bytes) -> Path:
         return self.folder / f"{hashlib.blake2b(key + self.tower, digest_size=24).hexdigest()}.safetensors"
@@ -85,10 +87,15 @@ class VisionCache:
         }
         partial = self.folder / f".{uuid.uuid4().hex}.partial"
         save_file(tensors, partial, {"facts": json.dumps(facts)})
+        self._room -= partial.stat().st_size
         os.replace(partial, self._path(key))
-        self._shrink()
+        if self._room < 0:
+            self._shrink()
 
     def _shrink(self) -> None:
+        """Listing costs a call of the system for each entry, so it comes rarely: over its size, the folder is brought
+        somewhat below it.
+        """
         entries = []
         for path in self.folder.glob("*.safetensors"):
             try:
@@ -97,11 +104,13 @@ class VisionCache:
                 continue
             entries.append((state.st_mtime_ns, state.st_size, path))
         total = sum(size for _, size, _ in entries)
+        most = self.max_bytes * (1 - UNSEEN) if total > self.max_bytes else self.max_bytes
         for _, size, path in sorted(entries):
-            if total <= self.max_bytes:
-                return
+            if total <= most:
+                break
             path.unlink(missing_ok=True)
             total -= size
+        self._room = min(self.max_bytes - total, self.max_bytes * UNSEEN)
 
 
 def tower_digest(parameters: Iterable[tuple[str, nn.Parameter]]) -> bytes:

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from synpo import cli
-from synpo.caption import load_captioner
-from synpo.caption.command import caption_seeds
+from synpo.caption import Captioner, UnusableFrames, load_captioner
 from synpo.caption.files import video_files
+from synpo.caption.records import seeds_of
 from synpo.run_files import drop_torn_line
 from tests.caption import tiny
 from tests.video.films import film, sound
@@ -72,10 +72,10 @@ def test_a_folder_of_videos(world: Path, options: dict[str, Any], capsys: pytest
         "model": options["model"], "instruction": first["settings"]["instruction"], "contrast": "third",
         "candidates": 2, "retrospective": 1, "seed": 0, "temperature": 0.9, "top_p": 0.9, "top_k": 32, "alpha": 0.5,
         "plausibility": 0.0, "max_new_tokens": 5, "stop": [], "num_frames": None, "fps": 0.5, "min_frames": 8,
-        "max_frames": 16, "dtype": None,
+        "max_frames": 16, "dtype": None, "videos_together": 1,
     }  # fmt: skip
     assert set(first["versions"]) == {"synpo", "torch", "transformers"}
-    assert [caption["seed"] for caption in first["captions"]] == caption_seeds(0, names[0], 2)
+    assert [caption["seed"] for caption in first["captions"]] == seeds_of(0, names[0], 2)
     for caption in first["captions"]:
         assert caption["tokens"] == 5
         assert (caption["finish"], caption["failure"]) == ("length", None)
@@ -148,6 +148,65 @@ def test_bad_files_are_reported_and_skipped(
     assert [Path(record["video"]).name for record in lines(options)] == ["a.mp4", "b.mp4"]
 
 
+def told(options: dict[str, Any]) -> dict[str, list[str]]:
+    return {Path(line["video"]).name: [caption["text"] for caption in line["captions"]] for line in lines(options)}
+
+
+def test_videos_together_get_the_captions_that_they_get_alone(
+    world: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    captions = Captioner.captions
+
+    def counted(self: Captioner, views: Any, *given: Any, **named: Any) -> Any:
+        calls.append(len(views))
+        return captions(self, views, *given, **named)
+
+    monkeypatch.setattr(Captioner, "captions", counted)
+    assert cli.main(words(options, world / "films")) == 0
+    assert calls == [1, 1, 1]
+    both = options | {"out": str(tmp_path / "together.jsonl"), "videos_together": 2}
+    assert cli.main(words(both, world / "films")) == 0
+    assert calls[3:] == [2, 1]
+    assert told(both) == told(options)
+    # A group that was stopped is made as a whole, and gets the missing line alone.
+    out = Path(both["out"])
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.index(b"\n") + 1])
+    assert cli.main(words(both, world / "films")) == 0
+    assert calls[5:] == [2, 1]
+    assert out.read_bytes() == whole
+    assert cli.main(words(both | {"videos_together": 3}, world / "films")) == 2
+
+
+def test_a_bad_video_does_not_spoil_its_group(
+    world: Path,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "odd.mp4").write_bytes(film(frames=6, size=(32, 32)))
+    films = [world / "films" / "a.mp4", tmp_path / "odd.mp4", world / "notes.mp4", world / "films" / "b.mp4"]
+    captions = Captioner.captions
+
+    def picky(self: Captioner, views: Any, *given: Any, **named: Any) -> Any:
+        if any(view.frames.shape[1] == 32 for view in views):
+            raise UnusableFrames("frames of this size")
+        return captions(self, views, *given, **named)
+
+    monkeypatch.setattr(Captioner, "captions", picky)
+    options["videos_together"] = 4
+    assert cli.main(words(options, *films)) == 1
+    shown = capsys.readouterr()
+    assert "2 of 4 videos captioned" in shown.out
+    assert f"{films[1]}: frames of this size; skipped" in shown.err
+    assert f"{films[2]}: cannot be read as a video" in shown.err
+    assert list(told(options)) == ["a.mp4", "b.mp4"]
+    monkeypatch.setattr(Captioner, "captions", lambda *_, **__: pytest.fail("no video is new that can be read"))
+    assert cli.main(words(options, films[0], films[2], films[3])) == 1
+
+
 def test_a_caption_that_failed_is_written_with_its_reason(
     world: Path, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,9 +251,9 @@ def test_which_files_are_meant(world: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_seeds_depend_on_the_run_and_the_file() -> None:
-    first = caption_seeds(0, "films/a.mp4", 3)
-    assert first == caption_seeds(0, "elsewhere/a.mp4", 3)
-    assert len({*first, *caption_seeds(1, "films/a.mp4", 3), *caption_seeds(0, "films/b.mp4", 3)}) == 9
+    first = seeds_of(0, "films/a.mp4", 3)
+    assert first == seeds_of(0, "elsewhere/a.mp4", 3)
+    assert len({*first, *seeds_of(1, "films/a.mp4", 3), *seeds_of(0, "films/b.mp4", 3)}) == 9
 
 
 def test_torn_lines(tmp_path: Path) -> None:
@@ -216,6 +275,7 @@ def test_torn_lines(tmp_path: Path) -> None:
         ({"plausibility": 2}, "plausibility is 2.0; it has to be between 0 and 1"),
         ({"candidates": 0}, "candidates is 0; it has to be at least 1"),
         ({"temperature": 0}, "2 greedy candidates would all be the same"),
+        ({"videos_together": 0}, "videos_together is 0; it has to be at least 1"),
         ({"contrast": "half"}, "contrast is 'half'; allowed: off, third"),
         ({"dtype": "int8"}, "dtype is 'int8'; allowed: auto"),
         ({"num_frames": 4, "fps": 1}, "num_frames=4 and fps=1.0: give one of them"),

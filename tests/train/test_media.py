@@ -234,6 +234,26 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
     assert found[2].skeleton.times == (0.0, 1.0, 2.0, 3.0)
 
 
+def test_the_cache_is_listed_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from full never after the first entry; full, once for many entries."""
+    encoded = vision_cache.Encoded(torch.zeros(4, 10))
+    skeleton = media_module.Features(torch.empty(4, 10, 0), torch.empty(0, 0), (1, 10), (0.0, 1.0, 2.0, 3.0), 4.0)
+    listed: list[int] = []
+    shrink = VisionCache._shrink
+    monkeypatch.setattr(VisionCache, "_shrink", lambda self: (listed.append(1), shrink(self)))
+    roomy = VisionCache(tmp_path / "roomy", b"tower", 1)
+    for number in range(20):
+        roomy.put(bytes([number]), encoded, skeleton)
+    assert len(listed) == 1
+    entry = next((tmp_path / "roomy").iterdir()).stat().st_size
+    tight = VisionCache(tmp_path / "tight", b"tower", 320 * entry / vision_cache.GB)
+    listed.clear()
+    for number in range(400):
+        tight.put(number.to_bytes(2, "big"), encoded, skeleton)
+    assert len(listed) < 400 / 4
+    assert len(list((tmp_path / "tight").iterdir())) <= 320
+
+
 def test_the_cache_is_refused_while_the_tower_trains(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vision_cache is set, but the vision tower or projector trains \(model\."):
         seeing.trainer(tmp_path, peft_config=None, vision_cache=str(tmp_path / "cache"))
