@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,23 +165,32 @@ def captioned(
 ) -> Iterator[tuple[VideoItem, Record | Failure]]:
     """Each video's record, in order, from the store or made now; or why there is none, which a later run tries again.
 
-    One group of videos more than the captioner takes at once is decoded ahead.
+    One group of videos more than the captioner takes at once is decoded ahead. A captioner that takes one call at a
+    time is called in the thread that iterates: torch keeps a team of threads for every thread that calls it, and as
+    soon as the teams have more threads than there are cores, models take twice their time.
     """
+    alone = captioner.parallel == 1
     turn = Semaphore(captioner.parallel)
+    Made = Callable[[], list[Record | Failure]]
+    waiting: list[tuple[Sequence[VideoItem], Made]] = []
 
-    workers = captioner.parallel + 1
-    waiting: list[tuple[Sequence[VideoItem], Future[list[Record | Failure]]]] = []
-    with ThreadPoolExecutor(workers, thread_name_prefix="synpo-captions") as pool:
+    def start(group: Sequence[VideoItem]) -> Made:
+        if not alone:
+            return pool.submit(caption_group, group, captioner, plan, store, turn).result
+        ahead = pool.submit(_prepared, group, captioner, plan, store)
+        return lambda: _written(group, ahead.result(), captioner, plan, store, turn)
+
+    with ThreadPoolExecutor(captioner.parallel + 1, thread_name_prefix="synpo-captions") as pool:
         try:
             for first in range(0, len(items), plan.together):
                 group = items[first : first + plan.together]
-                waiting.append((group, pool.submit(caption_group, group, captioner, plan, store, turn)))
-                if len(waiting) > workers:
-                    group, done = waiting.pop(0)
-                    yield from zip(group, done.result(), strict=True)
+                waiting.append((group, start(group)))
+                if len(waiting) > (1 if alone else captioner.parallel + 1):
+                    group, made = waiting.pop(0)
+                    yield from zip(group, made(), strict=True)
             while waiting:
-                group, done = waiting.pop(0)
-                yield from zip(group, done.result(), strict=True)
+                group, made = waiting.pop(0)
+                yield from zip(group, made(), strict=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -197,22 +206,38 @@ def caption_group(
     none of one. Where the group's call fails, its videos are tried one by one. `turn` is held while the captioner
     works.
     """
+    return _written(items, _prepared(items, captioner, plan, store), captioner, plan, store, turn)
+
+
+def _prepared(
+    items: Sequence[VideoItem], captioner: Captioner, plan: CaptionPlan, store: CaptionStore
+) -> list[Record | Video | Failure]:
+    """A group's records from the store; or, where one is missing, its videos, all of them."""
     found: list[Any] = [_attempt(store.get, item) for item in items]
     missing = [at for at, record in enumerate(found) if record is None]
     decoded = {at: _attempt(_decode, items[at], captioner, plan) for at in missing}
     if any(isinstance(video, Video) for video in decoded.values()):
         kept = [at for at, record in enumerate(found) if isinstance(record, dict)]
         decoded |= {at: _attempt(_decode, items[at], captioner, plan) for at in kept}
-    found = [decoded.get(at, record) for at, record in enumerate(found)]
+    return [decoded.get(at, record) for at, record in enumerate(found)]
+
+
+def _written(
+    items: Sequence[VideoItem],
+    found: list[Any],
+    captioner: Captioner,
+    plan: CaptionPlan,
+    store: CaptionStore,
+    turn: AbstractContextManager[Any],
+) -> list[Record | Failure]:
+    """A group as _prepared returned it, with records in the places of its videos."""
     places = [at for at, video in enumerate(found) if isinstance(video, Video)]
-    if not places:
-        return found
 
     def write(group: Sequence[int]) -> list[Record] | Failure:
         videos = [(items[at], found[at]) for at in group]
         return _attempt(_caption, videos, captioner, plan, store.folder.parent, turn)
 
-    groups = [places]
+    groups = [places] if places else []
     while groups:
         group = groups.pop()
         made = write(group)

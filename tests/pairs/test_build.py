@@ -1,13 +1,15 @@
 """From videos to pairs, through a judge on the loopback."""
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from synpo.caption import UnusableFrames
 from synpo.judge import AnswerCache, ChatClient, ModelJudge, OracleJudge, ServerError, Spending, Weights
-from synpo.pairs import check_pairs, load_pairs
+from synpo.pairs import captioning, check_pairs, load_pairs
 from synpo.pairs.build import PairRule, build_pairs
 from synpo.pairs.captioning import CaptionPlan, CaptionStore
 from synpo.pairs.outputs import only_writer
@@ -301,6 +303,33 @@ def test_bad_plans():
             CaptionPlan(**options)
     with pytest.raises(ValueError, match="the weight of fluency"):
         PairRule(Weights(fluency=-1))
+
+
+def test_one_call_at_a_time_is_made_by_the_caller_while_one_video_is_decoded(folder, tmp_path, monkeypatch):
+    """Two threads that call torch by turns are slower than one: each has a team of its own."""
+    decoded = []
+
+    def counted(path, *given, **named):
+        decoded.append(path)
+        return decode(path, *given, **named)
+
+    class Alone(FakeCaptioner):
+        parallel = 1
+
+        def __call__(self, views, instruction, seeds):
+            assert threading.get_ident() == caller
+            video = self.calls // 2  # clips, then the whole
+            end = time.monotonic() + 30
+            while len(decoded) < min(video + 2, VIDEOS) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert len(decoded) == min(video + 2, VIDEOS)
+            return super().__call__(views, instruction, seeds)
+
+    caller = threading.get_ident()
+    monkeypatch.setattr(captioning, "decode", counted)
+    store = CaptionStore(tmp_path / "captions", {})
+    records = list(captioning.captioned(folder_videos(folder).items, Alone(), PLAN, store))
+    assert [isinstance(record, dict) for _, record in records] == [True] * VIDEOS
 
 
 def test_videos_captioned_together_give_the_same_pairs_and_fail_alone(built, folder, tmp_path):
