@@ -18,7 +18,7 @@ from ..run_files import rewind_json_lines, sync
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "synpo_state.json"
 TRAINER_STATE = "trainer_state.json"
-COUNTS = ("num_tokens", "skipped_media", "truncated_pairs")  # since the run's start, of one process
+COUNTS = ("num_tokens", "skipped_media", "truncated_pairs", "form_fallbacks")  # since the run's start, of one process
 SAVING = ".saving"  # folder in output_dir where a checkpoint grows before it is renamed into place
 
 
@@ -72,15 +72,18 @@ class ResumableTrainer(Trainer):
         if not resume_from_checkpoint:
             return super().train(**options)
         checkpoint = self._resolve(resume_from_checkpoint)
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        self._restore(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+        if self.is_world_process_zero():
+            rewind_json_lines(Path(self.args.output_dir, METRICS_FILE), step_of(checkpoint))
+        return super().train(resume_from_checkpoint=str(checkpoint), **options)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take up what STATE_FILE holds."""
         self.nonfinite_steps = state["nonfinite_steps"]
         for name, values in state["counts"].items():
             # With another number of processes than before, the total stays right.
             spread = values if len(values) == self.args.world_size else [sum(values)] + [0] * self.args.world_size
             self.counts[name] = spread[self.args.process_index]
-        if self.is_world_process_zero():
-            rewind_json_lines(Path(self.args.output_dir, METRICS_FILE), step_of(checkpoint))
-        return super().train(resume_from_checkpoint=str(checkpoint), **options)
 
     def _resolve(self, wanted: str | bool) -> Path:
         if wanted is True:

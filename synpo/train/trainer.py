@@ -22,7 +22,7 @@ from ..pretrained import load_model, load_tokenizer
 from ..run_files import append_json_line, write_json_lines
 from ..video import PixelSpec
 from .checkpoints import METRICS_FILE, ResumableTrainer
-from .collate import LengthGrouped, PairCollator, PairDataset
+from .collate import PLAIN, LengthGrouped, PairCollator, PairDataset
 from .config import SynPOConfig
 from .diagnostics import PAIR_COLUMNS, RunningMeans, pair_metrics, since_first
 from .evaluation import pairs_file, samples_file, score_pairs, write_pairs
@@ -195,6 +195,7 @@ class SynPOTrainer(ResumableTrainer):
         output = self.scorer.loss(model, batch, ref_sums)
         if self.scorer.fallbacks:
             self.data_collator.form = self.scorer.form  # so that tokens_per_pass counts what is computed
+            self.counts["form_fallbacks"] = self.scorer.fallbacks
         return output, batch
 
     def training_step(
@@ -283,7 +284,6 @@ class SynPOTrainer(ResumableTrainer):
             logs |= self.total_counts() | self._side_norms
             self._side_norms = {}
             logs["nonfinite_steps"] = self.nonfinite_steps
-            logs["form_fallbacks"] = self.scorer.fallbacks
             self._last_log = now
         super().log(logs, start_time)
         if self.is_world_process_zero():
@@ -366,6 +366,12 @@ class SynPOTrainer(ResumableTrainer):
         self._precompute_references()
         self._last_log = time.perf_counter()
         return super().train(resume_from_checkpoint, **options)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if self.counts["form_fallbacks"]:  # another first pass might not show what that run's did
+            self.scorer.form = self.data_collator.form = PLAIN
+            self.scorer.fallbacks = self.counts["form_fallbacks"]
 
     def _spread(self) -> None:
         """Give DDP or FSDP2 the model, and with it its optimizer, before any other use of it.

@@ -16,6 +16,8 @@ import torch
 from synpo.run_files import append_json_line, read_json_lines, rewind_json_lines
 from synpo.train import SynPOTrainer
 from synpo.train.checkpoints import SAVING, is_complete, newest_checkpoint
+from synpo.train.collate import PLAIN
+from synpo.train.passes import PairScorer
 from tests.train import tiny
 
 # 10 pairs, 2 micro-batches of 1 a step: 5 steps an epoch, so step 3 is mid-epoch and step 7 is in the second one.
@@ -58,6 +60,22 @@ def test_resumed_is_uninterrupted(tmp_path: Path, stop: int, sampling: str) -> N
     torch.rand(5)  # the state of the random numbers comes from the checkpoint, not from the process
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(whole, resumed)
+
+
+def test_a_run_that_fell_back_to_plain_rows_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that a resumed run begins with might not show what the first one did."""
+    options = {"save_steps": 3, "prefix_sharing": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(PairScorer, "_layout_fails", lambda *_: "its rows differ")
+        whole = build(tmp_path / "whole", **options)
+        whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", tmp_path / "resumed")
+    resumed = build(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(whole, resumed)
+    assert resumed.counts["form_fallbacks"] == 1
+    assert resumed.scorer.form == resumed.data_collator.form == PLAIN
 
 
 def test_resume_full_fine_tuning(tmp_path: Path) -> None:
