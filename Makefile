@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 NATIVE := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 
-# make gpu: outputs' folder, wheels to use, minutes; PART=tests|kernels|tune|steps|decoding, or the first two.
+# make gpu: outputs' folder, wheels to use, minutes; PART=tests|kernels|tune|steps|decoding|attention, or the first two.
 OUT ?= build/gpu
 WHEELS ?=
 MINUTES ?= 8.5
